@@ -1,0 +1,192 @@
+"""Every recipe is one frozen `Recipe`: a file in configs/ makes it, the command line overrides it.
+
+Constants of the published run stand in PAPERS A9 (hyperparameters) and C (losses); what the
+papers leave open is a parameter here, and its comment says that the value is our choice.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The language decoder of Qwen2.5-VL; field comments give the axis letter of DESIGN section 2."""
+
+    vocab: int = 152064  # V
+    width: int = 3584  # D
+    layers: int = 28  # L
+    heads: int = 28  # H
+    kv_heads: int = 4  # K
+    head_dim: int = 128  # C
+    mlp: int = 18944  # F
+    rope_theta: float = 1e6
+    mrope_section: tuple[int, int, int] = (16, 24, 24)  # time, height, width; sums to C / 2
+    eps: float = 1e-6
+    tied: bool = False  # the head is the transposed embedding
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower of Qwen2.5-VL. Lengths `patch` and `window` are in pixels."""
+
+    width: int = 1280
+    depth: int = 32
+    heads: int = 16
+    mlp: int = 3420
+    patch: int = 14
+    temporal: int = 2  # frames folded into one patch; a still image is repeated
+    merge: int = 2  # patches merged per side into one visual token
+    window: int = 112
+    full_blocks: tuple[int, ...] = (7, 15, 23, 31)  # blocks that attend over the whole image
+    channels: int = 3
+    rope_theta: float = 1e4
+
+    @property
+    def window_patches(self) -> int:
+        """Patches in one window, the block length of windowed attention."""
+        return (self.window // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    text: TextConfig = TextConfig()
+    vision: VisionConfig = VisionConfig()
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # master weights are always float32
+    remat: bool = True  # recompute layers in the backward pass instead of keeping them
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `data` is the one that may span slices. -1 takes the rest."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class OODConfig:
+    """The OOD task (PAPERS A6; ratios are not published, so all of these are our choice)."""
+
+    share: float = 0.3  # of the prompts with a category: the gold one is hidden ("masked" OOD)
+    keep: tuple[int, int] | None = None  # smallest and largest number of shown entries; None: all
+    shuffle: bool = True  # order of the shown entries
+    renumber: bool = False  # shown ids become C1, C2, ... in shown order
+    never_seen: tuple[str, ...] = ()  # canonical ids that occur nowhere in training
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "toy"
+    root: str | None = None  # where public sets lie; default $PGJAX_DATA
+    taxonomy: str | None = None  # YAML; default the packaged one
+    prompts: str | None = None  # folder of templates; default the packaged ones
+    descriptions: bool = True  # False: the policy lists names only
+    prompt_tokens: int = 3072  # T; longer prompts are dropped when the data is built
+    patches: int = 4096  # I, padded, per prompt
+    max_pixels: int | None = None  # cap on an image's area
+    train_examples: int = 4096  # generated data only
+    eval_examples: int = 256
+    ood: OODConfig = OODConfig()
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    think_tag: Literal["think", "thinking"] = "think"
+    max_tokens: int = 1024  # R
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    group: int = 16  # G
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    constrained: bool = False  # only tokens from which the answer can still be completed
+    packed_tokens: tuple[int, ...] = ()  # buckets of Q; () means one bucket, G * R
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    variant: Literal["published", "strict"] = "strict"
+    embedder: str | None = None  # directory of a sentence encoder; None: the MiniLM package
+    bank: str | None = None  # file made by `pgjax bank build`; None: built and calibrated at start
+    name_tokens: int = 16  # W
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """PAPERS C3-C7. Defaults are the published run as it ran (C6: the range is 0.2, not 0.1)."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 3.0  # 0: off
+    kl_coef: float = 0.01  # k3 in the loss
+    kl_in_reward: float = 0.001  # k1 in the reward
+    entropy_coef: float = 0.01
+    aggregation: Literal["token_mean", "seq_mean"] = "token_mean"
+    agg_eps: float = 1e-8
+    std: Literal["ddof1", "ddof0", "off"] = "ddof1"
+    std_eps: float = 1e-6
+
+
+# `grpo` is the plain algorithm: one clip, a k3 penalty, exact means, nothing in the reward.
+LOSS_PRESETS = {
+    "proguard": LossConfig(),
+    "grpo": LossConfig(dual_clip=0.0, kl_coef=0.04, kl_in_reward=0.0, entropy_coef=0.0, aggregation="seq_mean", agg_eps=0.0),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    steps: int = 339
+    prompts: int = 256  # P, per step, over all processes
+    mini_prompts: int = 32  # prompts per optimiser update
+    micro_prompts: int = 32  # prompts per forward and backward; divides mini_prompts
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    validate_every: int = 10
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 3
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """A supervised stage. Toy only: it gives a model without language the answer format, ids and names drawn
+    at random, and the right labels on `label_share` of the rows. Real recipes set steps = 0 and start pretrained."""
+
+    steps: int = 0
+    prompts: int = 32
+    answers: int = 1  # supervised answers per prompt, packed like a group
+    label_share: float = 0.3
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = "run"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    checkpoint: str | None = None  # Hugging Face directory to start from; None: random weights
+    tokenizer_vocab: int = 0  # size of the byte-level BPE trained on generated data; 0: the checkpoint's
+    mesh: MeshConfig = MeshConfig()
+    devices: int = 0  # simulated CPU devices; 0: what is there
+    data: DataConfig = DataConfig()
+    answer: AnswerConfig = AnswerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    sft: SFTConfig = SFTConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    not_a_guard: bool = False  # toy and demo checkpoints say so in every verdict

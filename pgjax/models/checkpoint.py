@@ -1,0 +1,142 @@
+"""Hugging Face checkpoints in and out, generic over the parameter tree: its paths are the checkpoint's names.
+
+A leaf's path gives its tensor name (`kernel`, `scale` and `embedding` are called `weight` there; scanned layers insert their
+number), its shape gives the layout (a checkpoint's `[out, in]` is transposed and reshaped to the leaf).
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from pgjax.config import ModelConfig, TextConfig, VisionConfig
+
+SCANNED = {"layers", "blocks"}
+
+
+def config_from_hf(path: Path) -> ModelConfig:
+    """ModelConfig of a checkpoint directory's config.json (Qwen2.5-VL)."""
+    raw = json.loads((path / "config.json").read_text())
+    if raw.get("model_type") != "qwen2_5_vl":
+        raise ValueError(f"{path / 'config.json'}: model_type {raw.get('model_type')!r} is not supported; it must be qwen2_5_vl")
+    t, v = raw.get("text_config", raw), raw["vision_config"]
+    rope = t.get("rope_parameters") or t.get("rope_scaling") or {}
+    heads = t["num_attention_heads"]
+    text = TextConfig(
+        vocab=t["vocab_size"],
+        width=t["hidden_size"],
+        layers=t["num_hidden_layers"],
+        heads=heads,
+        kv_heads=t["num_key_value_heads"],
+        head_dim=t["hidden_size"] // heads,
+        mlp=t["intermediate_size"],
+        rope_theta=rope.get("rope_theta") or t["rope_theta"],
+        mrope_section=tuple(rope["mrope_section"]),
+        eps=t["rms_norm_eps"],
+        tied=raw.get("tie_word_embeddings", False),
+    )
+    vision = VisionConfig(
+        width=v["hidden_size"],
+        depth=v["depth"],
+        heads=v["num_heads"],
+        mlp=v["intermediate_size"],
+        patch=v.get("patch_size", 14),
+        temporal=v.get("temporal_patch_size", 2),
+        merge=v.get("spatial_merge_size", 2),
+        window=v["window_size"],
+        full_blocks=tuple(v["fullatt_block_indexes"]),
+        channels=v.get("in_channels", v.get("in_chans", 3)),
+    )
+    return ModelConfig(text=text, vision=vision)
+
+
+def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    """Checkpoint tensor names of one leaf: one, or one per layer for scanned layers (leading axis)."""
+    *parts, leaf = path
+    name = "bias" if leaf == "bias" else "weight"
+    at = next((i for i, p in enumerate(parts) if p in SCANNED), None)
+    if at is None:
+        return [".".join([*parts, name])]
+    return [".".join([*parts[: at + 1], str(n), *parts[at + 1 :], name]) for n in range(shape[0])]
+
+
+def _to_leaf(tensor: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A checkpoint tensor in the leaf's layout (for scanned leaves, that of one layer)."""
+    if path[-1] == "kernel":
+        tensor = tensor.reshape(tensor.shape[0], -1).T
+    return tensor.reshape(shape)
+
+
+def _from_leaf(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+    """One layer's leaf in checkpoint layout, `[out, in]`: attention outputs have two input axes, every other kernel one."""
+    if path[-1] != "kernel":
+        return array.reshape(-1) if path[-1] == "bias" else array
+    inputs = 2 if path[-2] in ("o_proj", "proj") and array.ndim == 3 else 1
+    return np.ascontiguousarray(array.reshape(int(np.prod(array.shape[:inputs])), -1).T)
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Tensor name -> file, over model.safetensors or all shards."""
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise ValueError(f"{path}: no .safetensors file here; point to a Hugging Face checkpoint directory")
+    where = {}
+    for file in found:
+        with safe_open(file, "np") as f:
+            where |= dict.fromkeys(f.keys(), file)
+    return where
+
+
+def load_params(path: Path, abstract, shardings):
+    """Parameters of a checkpoint directory, float32, straight into sharded arrays: a process reads what its devices need.
+
+    `abstract` is the unboxed tree of shapes, `shardings` its tree of NamedShardings. Missing tensors are listed all at once.
+    """
+    where = _files(path)
+    leaves = traverse_util.flatten_dict(abstract)
+    missing = [n for p, leaf in leaves.items() for n in tensor_names(p, leaf.shape) if n not in where]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} tensors are missing: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")
+
+    def load(p, leaf, sharding):
+        names = tensor_names(p, leaf.shape)
+        layer_shape = leaf.shape if len(names) == 1 and not SCANNED & set(p) else leaf.shape[1:]
+
+        def read(name):
+            with safe_open(where[name], "np") as f:
+                tensor = f.get_tensor(name)
+            if tensor.size != int(np.prod(layer_shape)):
+                raise ValueError(f"{where[name]}: tensor {name} has shape {tensor.shape}, which does not fill {layer_shape}")
+            return _to_leaf(tensor.astype(np.float32), p, layer_shape)
+
+        def shard(index):
+            if layer_shape == leaf.shape:
+                return read(names[0])[index]
+            layers = range(*index[0].indices(leaf.shape[0]))
+            return np.stack([read(names[n])[index[1:]] for n in layers])
+
+        return jax.make_array_from_callback(leaf.shape, sharding, shard)
+
+    flat_shardings = traverse_util.flatten_dict(shardings)
+    return traverse_util.unflatten_dict({p: load(p, leaf, flat_shardings[p]) for p, leaf in leaves.items()})
+
+
+def tensors(params) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every checkpoint tensor of a parameter tree."""
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        names = tensor_names(path, leaf.shape)
+        layers = np.asarray(leaf) if SCANNED & set(path) else np.asarray(leaf)[None]
+        yield from ((name, _from_leaf(layer, path)) for name, layer in zip(names, layers, strict=True))
+
+
+def save_params(path: Path, params, vision: VisionConfig) -> None:
+    """Write model.safetensors with the checkpoint's own names and shapes."""
+    out = dict(tensors(params))
+    patch = "visual.patch_embed.proj.weight"
+    out[patch] = out[patch].reshape(-1, vision.channels, vision.temporal, vision.patch, vision.patch)
+    save_file(out, path / "model.safetensors", metadata={"format": "pt"})

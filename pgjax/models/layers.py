@@ -1,0 +1,84 @@
+"""Linear, norm, embedding and rotary position layers. Parameters state shape, axes and initialiser where they are declared.
+
+Kernels keep heads as axes of their own, `[D, H, C]`, so that sharding never cuts through a head; the loader
+reshapes a checkpoint's `[H * C, D]` by the leaf's shape (models/checkpoint.py).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class Linear(nn.Module):
+    """y = x . kernel (+ bias) over the trailing `inputs` axes of x. Kernel and bias are float32, the product in `dtype`."""
+
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]  # logical axes of the kernel: inputs, then features
+    inputs: int = 1
+    bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-self.inputs :] + self.features
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=tuple(range(self.inputs)), out_axis=tuple(range(self.inputs, len(shape)))
+        )
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.inputs)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
+            y = y + self.param("bias", zeros, self.features).astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, the statistics in float32 (as the reference model rounds: scale after the cast)."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return scale.astype(x.dtype) * x32.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Table [V, D]; `attend` multiplies by its transpose (the tied head)."""
+
+    vocab: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, (self.vocab, self.width))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding.astype(self.dtype)[tokens]
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return x @ self.embedding.astype(self.dtype).T
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), width D through F."""
+
+    mlp: int
+    bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = dict(features=(self.mlp,), axes=("embed", "mlp"), bias=self.bias, dtype=self.dtype)
+        hidden = nn.silu(Linear(**wide, name="gate_proj")(x)) * Linear(**wide, name="up_proj")(x)
+        return Linear((x.shape[-1],), ("mlp", "embed"), bias=self.bias, dtype=self.dtype, name="down_proj")(hidden)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding in the half-split form. x [..., heads, C]; cos and sin [..., C] float32, broadcast over heads."""
+    half = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-half[1], half[0]], axis=-1)
+    return (x * cos[..., None, :] + turned * sin[..., None, :]).astype(x.dtype)

@@ -1,0 +1,126 @@
+"""The language decoder of Qwen2.5-VL: grouped-query attention with biased q, k and v, M-RoPE, gated MLP; layers scanned.
+
+One module serves rows (prompt with packed answers: score, update, prefill) and lanes (decode): what differs is `context`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from pgjax.config import TextConfig
+from pgjax.models.attention import Row, grouped_attention, lane_attention
+from pgjax.models.layers import Embedding, GatedMLP, Linear, RMSNorm, rotate
+from pgjax.parallel.mesh import constrain
+
+
+@struct.dataclass
+class PromptCache:
+    """Keys and values of the prompts, one row per prompt, shared by its group."""
+
+    k_LPTKC: jax.Array
+    v_LPTKC: jax.Array
+
+
+@struct.dataclass
+class AnswerCache:
+    """Keys and values of the answers being decoded, one row per lane."""
+
+    k_LPGRKC: jax.Array
+    v_LPGRKC: jax.Array
+
+
+@struct.dataclass
+class Lanes:
+    """Context of one decode step: every lane writes and reads up to answer offset `offset`."""
+
+    length_P: jax.Array
+    offset: jax.Array  # scalar
+
+
+def mrope(position: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
+    """M-RoPE angles, cos and sin [..., C] float32, from positions [..., X]: the C / 2 frequencies are shared out to
+    time, height and width in contiguous sections (Qwen2.5-VL; Qwen3-VL interleaves them)."""
+    frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    component = jnp.repeat(jnp.arange(3), jnp.asarray(config.mrope_section), total_repeat_length=config.head_dim // 2)
+    angle = position.astype(jnp.float32)[..., component] * frequency
+    angle = jnp.concatenate([angle, angle], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+class SelfAttention(nn.Module):
+    config: TextConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, cos, sin, context, prompt: PromptCache | None, cache: AnswerCache | None, layer):
+        c = self.config
+        q, k, v = (
+            Linear((n, c.head_dim), ("embed", axis, None), bias=True, dtype=self.dtype, name=name)(x)
+            for name, n, axis in (("q_proj", c.heads, "heads"), ("k_proj", c.kv_heads, "kv_heads"), ("v_proj", c.kv_heads, "kv_heads"))
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if isinstance(context, Row):
+            q = constrain(q, "batch", None, "heads", None)
+            k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
+            out = grouped_attention(q, k, v, context)
+            saved = PromptCache(k[:, : context.prompt], v[:, : context.prompt])
+        else:
+            at = (layer, 0, 0, context.offset, 0, 0)
+            cache = AnswerCache(
+                jax.lax.dynamic_update_slice(cache.k_LPGRKC, k[None, :, :, None], at),
+                jax.lax.dynamic_update_slice(cache.v_LPGRKC, v[None, :, :, None], at),
+            )
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPGRKC, cache.v_LPGRKC))
+            out = lane_attention(q, prompt.k_LPTKC, prompt.v_LPTKC, own_k, own_v, context.length_P, context.offset)
+            saved = None
+        out = Linear((x.shape[-1],), ("heads", None, "embed"), inputs=2, dtype=self.dtype, name="o_proj")(out)
+        return out, cache, saved
+
+
+class DecoderLayer(nn.Module):
+    config: TextConfig
+    dtype: jnp.dtype
+    keep_cache: bool
+
+    @nn.compact
+    def __call__(self, carry, layer, prompt, cos, sin, context):
+        x, cache = carry
+        x = constrain(x, "batch", None, None)
+        norm = RMSNorm(self.config.eps, name="input_layernorm")(x)
+        out, cache, saved = SelfAttention(self.config, self.dtype, name="self_attn")(norm, cos, sin, context, prompt, cache, layer)
+        x = x + out
+        x = x + GatedMLP(self.config.mlp, dtype=self.dtype, name="mlp")(RMSNorm(self.config.eps, name="post_attention_layernorm")(x))
+        return (x, cache), saved if self.keep_cache else None
+
+
+class TextDecoder(nn.Module):
+    """Embeddings [P, S, D] -> final hidden states [P, S, D]; S is T + Q for rows and G for lanes.
+
+    `cache_out` makes a row pass return its PromptCache; a lane pass takes one, and threads the AnswerCache through.
+    """
+
+    config: TextConfig
+    dtype: jnp.dtype
+    remat: bool
+
+    def setup(self):
+        self.embed_tokens = Embedding(self.config.vocab, self.config.width, self.dtype)
+        self.norm = RMSNorm(self.config.eps)
+
+    @nn.compact
+    def __call__(self, x, position, context, prompt=None, cache=None, cache_out=False):
+        cos, sin = mrope(position, self.config)
+        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat and not cache_out and cache is None else DecoderLayer
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.config.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        (x, cache), prompt_out = layers(self.config, self.dtype, cache_out, name="layers")(
+            (x, cache), jnp.arange(self.config.layers), prompt, cos, sin, context
+        )
+        return self.norm(x), prompt_out if cache_out else cache

@@ -1,0 +1,92 @@
+"""The device mesh and the two tables that place logical axes on it (DESIGN section 4).
+
+`data` may span slices, `fsdp` shards parameters and batch rows, `tensor` splits heads, MLP and vocabulary.
+"""
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pgjax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. Training shards weights over fsdp and tensor; the rollout gathers them over fsdp
+# once per step, so that its decode loop moves activations only.
+TRAINING: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "patch": None,
+}
+ROLLOUT = TRAINING | {"embed": None}
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+    """Mesh of all devices with axes (data, fsdp, tensor). One size may be -1 and takes what is left."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    count, free = jax.device_count(), sizes.count(-1)
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if free > 1 or min(s for s in (*sizes, 1) if s != -1) < 1 or count % known or (not free and known != count):
+        raise ValueError(
+            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit {count} devices: "
+            f"the product must be {count}, and at most one axis may be -1"
+        )
+    shape = tuple(count // known if s == -1 else s for s in sizes)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(names: tuple[str | None, ...], shape: tuple[int, ...], rules: dict, mesh) -> PartitionSpec:
+    """PartitionSpec of an array with the given logical axes. An axis whose mesh axes do not divide it is replicated
+    (2 key-value heads on 4 tensor devices); a name that the table lacks is an error, never a silent default."""
+    placed: list = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in rules:
+            raise KeyError(f"no rule for logical axis {name!r}; known axes: {', '.join(sorted(rules))}")
+        axes = rules[name] if name is not None else None
+        ways = int(np.prod([mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ())]))
+        placed.append(axes if size % ways == 0 else None)
+    return PartitionSpec(*placed)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pin an activation to its logical axes on the mesh in force; without a mesh, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec(names, x.shape, TRAINING, mesh))
+
+
+def param_shardings(boxed, rules: dict, mesh):
+    """Shardings of a parameter tree from the logical axes that its (abstract, boxed) leaves declare."""
+
+    def place(leaf):
+        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, rules, mesh))
+
+    return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+
+
+def rows(mesh) -> NamedSharding:
+    """Leading axis over the batch axes, the rest replicated: how every [P, ...] array of a step lies."""
+    return NamedSharding(mesh, PartitionSpec(TRAINING["batch"]))
+
+
+def replicated(mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place_rows(tree, mesh):
+    """This process's rows of a batch (numpy, leading axis P) -> global arrays sharded by rows. Rows that the batch axes
+    do not divide are replicated (a single request on many devices)."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def place(x):
+        x = np.asarray(x)
+        even = (x.shape[0] * jax.process_count()) % ways == 0
+        return jax.make_array_from_process_local_data(rows(mesh) if even else replicated(mesh), x)
+
+    return jax.tree.map(place, tree)
