@@ -158,6 +158,7 @@ class GRPOConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validate_every: int = 10
+    validate_prompts: int = 64  # prompts per batch of greedy answers
     checkpoint_every: int = 10
     keep_checkpoints: int = 3
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from pgjax.parallel.mesh import constrain
+
 
 class Linear(nn.Module):
     """y = x . kernel (+ bias) over the trailing `inputs` axes of x. Kernel and bias are float32, the product in `dtype`."""
@@ -57,7 +59,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.vocab, self.width))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding.astype(self.dtype)[tokens]
+        return constrain(self.embedding.astype(self.dtype)[tokens], "batch", None, None)
 
     def attend(self, x: jax.Array) -> jax.Array:
         return x @ self.embedding.astype(self.dtype).T

@@ -28,10 +28,10 @@ TRAINING: dict[str, str | tuple[str, ...] | None] = {
 ROLLOUT = TRAINING | {"embed": None}
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """Mesh of all devices with axes (data, fsdp, tensor). One size may be -1 and takes what is left."""
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """Mesh of all devices (or of those given) with axes (data, fsdp, tensor). One size may be -1 and takes what is left."""
     sizes = [config.data, config.fsdp, config.tensor]
-    count, free = jax.device_count(), sizes.count(-1)
+    count, free = len(devices or jax.devices()), sizes.count(-1)
     known = int(np.prod([s for s in sizes if s != -1]))
     if free > 1 or min(s for s in (*sizes, 1) if s != -1) < 1 or count % known or (not free and known != count):
         raise ValueError(
@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
             f"the product must be {count}, and at most one axis may be -1"
         )
     shape = tuple(count // known if s == -1 else s for s in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], rules: dict, mesh) -> PartitionSpec:
@@ -90,3 +90,11 @@ def place_rows(tree, mesh):
         return jax.make_array_from_process_local_data(rows(mesh) if even else replicated(mesh), x)
 
     return jax.tree.map(place, tree)
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This process's rows of an array that lies by rows, in order."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

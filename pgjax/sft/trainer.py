@@ -1,0 +1,68 @@
+"""The supervised stage: maximise the log-probability of given answers. It shares rows, scoring and update with GRPO."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pgjax.config import Recipe
+from pgjax.data.pipeline import Batch, Pipeline
+from pgjax.data.schema import PromptBatch
+from pgjax.generate.law import Law
+from pgjax.generate.score import Packed, pack, score
+from pgjax.parallel.mesh import place_rows, replicated
+from pgjax.tokenizer import stop_ids
+from pgjax.train.setup import Setup
+from pgjax.train.update import make_optimizer, update
+
+
+def answer_arrays(texts_PG: Sequence[Sequence[str]], tokenizer, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Answers as tokens int32 [P, G, R], each closed by the stop token, and lengths [P, G]. ValueError for one that is too long."""
+    P, G = len(texts_PG), len(texts_PG[0])
+    tokens_PGR, length_PG = np.zeros((P, G, limit), np.int32), np.zeros((P, G), np.int32)
+    for p, texts in enumerate(texts_PG):
+        for g, text in enumerate(texts):
+            tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], stop_ids(tokenizer)[0]]
+            if len(tokens) > limit:
+                raise ValueError(f"a supervised answer has {len(tokens)} tokens, more than answer.max_tokens {limit}")
+            tokens_PGR[p, g, : len(tokens)], length_PG[p, g] = tokens, len(tokens)
+    return tokens_PGR, length_PG
+
+
+def train(
+    recipe: Recipe,
+    setup: Setup,
+    law: Law,
+    params: dict,
+    pipeline: Pipeline,
+    answers: Callable[[Batch, int], Sequence[Sequence[str]]],
+    tokenizer,
+    log: Callable[[int, dict[str, float]], None],
+) -> dict:
+    """Run `recipe.sft.steps` updates from `params`; returns the trained parameters.
+
+    `answers(batch, step)` gives `sft.answers` texts for each prompt of the batch; `log(step, metrics)` is called after every step.
+    """
+    config, R, mesh = recipe.sft, recipe.answer.max_tokens, setup.mesh
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state, _ = setup.state(params, optimizer)
+
+    def loss_sum(params, batch: tuple[PromptBatch, Packed]):
+        logp, _ = score(setup.model, params, *batch, law, entropy=False)
+        pair = (-logp.sum(), batch[1].mask_PQ.sum())
+        return pair[0], {"sft/loss": pair}
+
+    def step(state, batch, tokens_PGR, length_PG):
+        packed = pack(tokens_PGR, jnp.zeros_like(tokens_PGR), length_PG, config.answers * R)
+        return update(state, optimizer, loss_sum, (batch, packed), packed.mask_PQ.sum(), 1)
+
+    everywhere = replicated(mesh)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings(optimizer), everywhere))
+    with jax.set_mesh(mesh):
+        for k in range(config.steps):
+            batch = pipeline.batch(k, config.prompts)
+            arrays = answer_arrays(answers(batch, k), tokenizer, R)
+            state, metrics = step(state, *place_rows((batch.prompt, *arrays), mesh))
+            log(k + 1, {name: float(value) for name, value in metrics.items()})
+    return state.params

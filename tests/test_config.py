@@ -1,0 +1,125 @@
+"""Recipes: files, typed overrides, JSON and the checks across fields."""
+
+from dataclasses import replace
+
+import pytest
+
+from pgjax.config import DataConfig, GRPOConfig, MeshConfig, ModelConfig, OODConfig, Recipe, RolloutConfig, TextConfig, VisionConfig
+from pgjax.recipes import from_json, load_recipe, override, to_json, validate
+
+
+def test_defaults_are_valid():
+    assert validate(Recipe()) == Recipe()
+
+
+def test_override_is_typed():
+    argv = "--grpo.optimizer.learning-rate 2e-6 --data.ood.keep 2 4 --data.ood.never-seen C1 C2S1 --rollout.constrained True"
+    recipe = override(Recipe(), argv.split())
+    assert recipe.grpo.optimizer.learning_rate == 2e-6
+    assert recipe.data.ood == OODConfig(keep=(2, 4), never_seen=("C1", "C2S1"))
+    assert recipe.rollout.constrained is True
+    assert override(recipe, ["--data.ood.keep", "None", "--model.text.mrope_section", "2", "3", "3"]).data.ood.keep is None
+    assert override(recipe, []) == recipe
+
+
+@pytest.mark.parametrize(
+    "argv, nearest",
+    [
+        ("--grpo.optimizer.lr 1", "--grpo.optimizer.learning-rate"),
+        ("--grpo.learning-rate 1", "--grpo.optimizer.learning-rate"),
+        ("--rollout.gruop=4", "--rollout.group"),
+        ("--mesh.tensors 2", "--mesh.tensor"),
+    ],
+)
+def test_unknown_key_names_the_nearest(argv, nearest):
+    with pytest.raises(ValueError, match=rf"unknown key --\S+, did you mean {nearest}\?") as error:
+        override(Recipe(), argv.split())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--grpo.steps abc", "--grpo.steps.*abc"),
+        ("--grpo.steps", "--grpo.steps"),
+        ("--grpo.loss.aggregation median", "median.*token_mean"),
+        ("--data.ood.keep 1", "keep"),
+        ("stray", "'stray' is not a key"),
+    ],
+)
+def test_bad_values_are_one_line(argv, words, capsys):
+    with pytest.raises(ValueError, match=words) as error:
+        override(Recipe(), argv.split())
+    assert "\n" not in str(error.value) and "---" not in str(error.value)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_round_trip():
+    recipe = Recipe(
+        data=DataConfig(ood=OODConfig(keep=(2, 4), never_seen=("C1",))),
+        rollout=RolloutConfig(packed_tokens=(16, 32)),
+        model=ModelConfig(vision=VisionConfig(full_blocks=(1, 3))),
+        checkpoint="somewhere",
+    )
+    assert from_json(to_json(recipe)) == recipe
+    assert from_json('{"grpo": {"loss": {"clip_low": 0}}}').grpo.loss.clip_low == 0.0
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "not JSON"),
+        ('{"grpo": {"stepz": 1}}', "recipe.grpo: unknown key stepz, did you mean steps"),
+        ('{"grpo": {"steps": 1.5}}', "recipe.grpo.steps: 1.5 is not int"),
+        ('{"grpo": 1}', "recipe.grpo: expected an object"),
+        ('{"data": {"ood": {"keep": [1]}}}', "recipe.data.ood.keep"),
+        ('{"reward": {"variant": "kind"}}', "recipe.reward.variant"),
+        ('{"rollout": {"constrained": 1}}', "recipe.rollout.constrained"),
+    ],
+)
+def test_json_errors_say_where(text, words):
+    with pytest.raises(ValueError, match=words):
+        from_json(text)
+
+
+def test_load_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.py").write_text("from pgjax.config import Recipe\nrecipe = Recipe(name='small')\n")
+    (tmp_path / "bad.py").write_text("recipe = 3\n")
+    (tmp_path / "broken.py").write_text("import nowhere_at_all\n")
+    assert load_recipe("small").name == load_recipe("configs/small.py").name == "small"
+    for name, words in {"smal": "did you mean small", "bad.py": "must set", "broken.py": "nowhere_at_all", "no.py": "no such file"}.items():
+        with pytest.raises(ValueError, match=words):
+            load_recipe(name)
+
+
+BASE = Recipe()
+
+
+@pytest.mark.parametrize(
+    "recipe, words",
+    [
+        (replace(BASE, grpo=GRPOConfig(prompts=10, mini_prompts=4, micro_prompts=4)), "mini_prompts 4 must divide prompts 10"),
+        (replace(BASE, grpo=GRPOConfig(mini_prompts=32, micro_prompts=5)), "micro_prompts 5 must divide"),
+        (replace(BASE, model=ModelConfig(text=TextConfig(mrope_section=(1, 2, 3)))), "mrope_section"),
+        (replace(BASE, model=ModelConfig(text=TextConfig(kv_heads=3))), "kv_heads 3"),
+        (replace(BASE, model=ModelConfig(vision=VisionConfig(window=100))), "window 100"),
+        (replace(BASE, data=DataConfig(patches=100)), "data.patches 100"),
+        (replace(BASE, data=DataConfig(ood=OODConfig(share=1.5))), "share 1.5"),
+        (replace(BASE, data=DataConfig(ood=OODConfig(keep=(4, 2)))), "keep"),
+        (replace(BASE, rollout=RolloutConfig(group=0)), "group 0"),
+        (replace(BASE, rollout=RolloutConfig(packed_tokens=(64,))), "packed_tokens"),
+        (replace(BASE, mesh=MeshConfig(data=-1, fsdp=-1)), "at most one"),
+        (replace(BASE, mesh=MeshConfig(data=3), devices=8), "does not fit 8 devices"),
+        (replace(BASE, mesh=MeshConfig(data=3, fsdp=1)), "micro_prompts 32 must be a multiple of mesh data x fsdp 3"),
+    ],
+)
+def test_validate(recipe, words):
+    with pytest.raises(ValueError, match=words):
+        validate(recipe)
+
+
+def test_validate_names_every_problem():
+    with pytest.raises(ValueError, match="group 0.*keep_checkpoints 0"):
+        validate(replace(BASE, rollout=RolloutConfig(group=0), grpo=GRPOConfig(keep_checkpoints=0)))
