@@ -9,6 +9,7 @@ If all labels are safe VALUE is exactly None; if not it is one line of at least 
 
 It is written over bytes. An answer's text is its bytes decoded with U+FFFD for what is not UTF-8; because no character's bytes occur inside
 or across others, the text has a character exactly where the stream has its bytes, and "any character" is "any bytes".
+(Byte tokens of sentencepiece are decoded in runs; see `regular.with_byte_runs`.)
 
 Axes: A states, C token classes (equal columns of the table), V vocabulary, K ids, R answer tokens, P prompts, G samples,
 J = K + 2 outcomes of constrained decoding: the ids, then no category, then a free name.
@@ -20,7 +21,7 @@ import re
 import tempfile
 import unicodedata
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import jax
@@ -30,12 +31,26 @@ from flax import struct
 from scipy.sparse import csr_array
 
 from pgjax.data.schema import ABSENT, IMAGE, SAFE, TEXT, TEXT_IMAGE, UNSAFE
-from pgjax.regular import DFA, NFA, Expression, characters, determinise, either, literal, maybe, one, sequence, side_by_side, star
-from pgjax.regular import with_byte_runs
+from pgjax.regular import (
+    DFA,
+    NFA,
+    Expression,
+    characters,
+    determinise,
+    either,
+    literal,
+    maybe,
+    one,
+    sequence,
+    side_by_side,
+    star,
+    with_byte_runs,
+)
 from pgjax.tokenizer import byte_run_ids, stop_ids, strips_leading_space, token_bytes
 
 # Kinds of category value, told apart after Python's str.strip(): exactly None under safe labels; an id of the grid; the form of an id that
-# is not in the grid (C99, C01); any other text; nothing but whitespace; None with whitespace around it, a free name to the published reward.
+# is not in the grid (C99, C01); any other text; nothing but whitespace; None with whitespace around it
+# (to the published reward a free name).
 OUTCOMES = ("none", "id", "unlisted", "name", "empty", "none_like")
 NONE, ID, UNLISTED, NAME, EMPTY, NONE_LIKE = range(6)
 NEVER = np.iinfo(np.int16).max  # a distance: no tokens lead there
@@ -79,7 +94,7 @@ def id_grid(categories: int, subcategories: int) -> tuple[str, ...]:
 # The language
 
 
-@lru_cache(maxsize=None)
+@cache
 def _spaces_and_digits() -> tuple[Expression, Expression]:
     """One character that str.strip() takes (line ends aside, which a category line cannot have); one that `\\d` matches."""
     every = "".join(map(chr, range(0x110000)))
@@ -87,7 +102,7 @@ def _spaces_and_digits() -> tuple[Expression, Expression]:
 
 
 def _form(nfa: NFA, think_tag: str, lines: Iterable[tuple[Expression, int]], strips_space: bool) -> int:
-    """Grow the frame of an answer around each of `lines` (all between <answer> and the category's line end, and its tag); the start state."""
+    """Grow an answer's frame around each of `lines` (what stands from <answer> to the category, and its tag); returns the start state."""
     newline = sequence(maybe(one(b"\r")), one(b"\n"))
     start = nfa.state()
     opening = [literal(f"<{think_tag}>"), star(one(range(256))), literal(f"</{think_tag}>"), newline, literal("<answer>"), newline]
@@ -128,7 +143,9 @@ def _language(ids: tuple[str, ...], think_tag: str, strips_space: bool, byte_run
     values = [literal("None"), *(sequence(spaces, literal(shown), spaces) for shown in (*ids, "None"))]
     values += [sequence(spaces, unlisted, spaces), sequence(space, spaces), name]
     any_label = either(literal("safe"), literal("unsafe"))
-    before = sequence(literal("Request:"), any_label, newline, maybe(sequence(literal("Response:"), any_label, newline)), literal("Category:"))
+    before = sequence(
+        literal("Request:"), any_label, newline, maybe(sequence(literal("Response:"), any_label, newline)), literal("Category:")
+    )
     of_category = NFA()
     start = _form(of_category, think_tag, [(sequence(before, value), tag) for tag, value in enumerate(values)], strips_space)
 
@@ -191,11 +208,14 @@ def _distances(next_AC: np.ndarray, target_AJ: np.ndarray) -> np.ndarray:
     return distance_AJ
 
 
-def build(tokenizer, ids: tuple[str, ...], think_tag: str = "think", vocab: int | None = None, cache_dir: str | Path | None = None) -> Automaton:
-    """Compile the answer language for a tokenizer. Seconds for a toy vocabulary, tens for 150,000 tokens; `cache_dir` keeps it on disk.
+def build(
+    tokenizer, ids: tuple[str, ...], think_tag: str = "think", vocab: int | None = None, cache_dir: str | Path | None = None
+) -> Automaton:
+    """Compile the answer language for a tokenizer: seconds, most of them for the language itself; `cache_dir` keeps the tables on disk.
 
     `ids` are the ids an answer may name (`id_grid`). `vocab` is the number of rows of the model's head: those past the
-    tokenizer's ids lead nowhere. Raises ValueError for a bad tag, ids that are not ids, or a head smaller than the vocabulary.
+    tokenizer's ids lead nowhere. Raises ValueError for a bad tag, ids that are not ids, a head smaller than the
+    vocabulary, or more ids than an int16 table can tell apart (about 300; 60 with byte fallback).
     """
     ids = tuple(ids)
     if not re.fullmatch(r"[A-Za-z_]+", think_tag):
@@ -228,7 +248,9 @@ def build(tokenizer, ids: tuple[str, ...], think_tag: str = "think", vocab: int 
     return Automaton(**{name: jnp.asarray(array) for name, array in arrays.items()}, ids=ids)
 
 
-def _tables(language: tuple[DFA, np.ndarray], symbols_V: list[tuple[int, ...] | None], stops: tuple[int, ...], ids: int) -> dict[str, np.ndarray]:
+def _tables(
+    language: tuple[DFA, np.ndarray], symbols_V: list[tuple[int, ...] | None], stops: tuple[int, ...], ids: int
+) -> dict[str, np.ndarray]:
     dfa, tags = language
     if len(dfa.next_AB) > NEVER:
         raise ValueError(f"{ids} ids make {len(dfa.next_AB)} states, more than an int16 table holds ({NEVER}): use a smaller id grid")

@@ -164,18 +164,24 @@ def byte_classes(table_AB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def minimise(dfa: DFA) -> DFA:
-    """Merge the states that no continuation tells apart (Moore's refinement); different tags stay different states."""
+    """Merge the states that no continuation tells apart; different tags stay different states.
+
+    Moore's refinement on hashes: a state's hash is made of its own and those of its successors until no more states come apart.
+    """
     here_and_next_AC = np.column_stack([np.arange(len(dfa.next_AB)), dfa.next_AB[:, byte_classes(dfa.next_AB)[0]]])
-    # rows are compared by a random linear hash; the check below makes the result exact
-    weight_C = np.random.default_rng(0).integers(1 << 63, size=here_and_next_AC.shape[1], dtype=np.uint64) * 2 + 1
-    part_A, parts = np.unique(dfa.tag_A, return_inverse=True)[1], 0
-    while part_A.max() >= parts:
-        parts = part_A.max() + 1
-        hash_A = (part_A[here_and_next_AC].astype(np.uint64) * weight_C).sum(axis=1)
+    rng = np.random.default_rng(0)
+    weight_C = rng.integers(1 << 63, size=here_and_next_AC.shape[1], dtype=np.uint64) * 2 + 1
+    hash_A = rng.integers(1 << 63, size=dfa.tag_A.max() + 2, dtype=np.uint64)[dfa.tag_A + 1]
+    parts, refined = 0, 1
+    while refined > parts:
+        for _ in range(8):
+            hash_A = (hash_A[here_and_next_AC] * weight_C).sum(axis=1)
+            hash_A ^= hash_A >> np.uint64(31)
         _, first, part_A = np.unique(hash_A, return_index=True, return_inverse=True)
+        parts, refined = refined, len(first)
     next_AB, tag_A = part_A[dfa.next_AB].astype(np.int32), dfa.tag_A
-    if (next_AB != next_AB[first][part_A]).any() or (tag_A != tag_A[first][part_A]).any():
-        raise AssertionError("two different rows have one hash: choose another seed for weight_C")
+    if (next_AB != next_AB[first][part_A]).any() or (tag_A != tag_A[first][part_A]).any():  # makes the result exact
+        raise AssertionError("different states have one hash: choose another seed")
     return DFA(next_AB[first], tag_A[first], tuple(int(part_A[s]) for s in dfa.starts))
 
 
@@ -197,7 +203,9 @@ def side_by_side(a: DFA, b: DFA, tag: Callable[[np.ndarray, np.ndarray], np.ndar
     a_next, b_next, size = a.next_AB[:, byte_of_class], b.next_AB[:, byte_of_class], len(b.next_AB)
     starts = np.array(a.starts) * size + np.array(b.starts)
     codes, table = explore(starts, lambda codes: a_next[codes // size] * size + b_next[codes % size])
-    return minimise(DFA(table[:, class_B], tag(a.tag_A[codes // size], b.tag_A[codes % size]), tuple(np.searchsorted(codes, starts).tolist())))
+    return minimise(
+        DFA(table[:, class_B], tag(a.tag_A[codes // size], b.tag_A[codes % size]), tuple(np.searchsorted(codes, starts).tolist()))
+    )
 
 
 UTF8_BROKEN = 8
@@ -208,7 +216,15 @@ def _utf8_next() -> np.ndarray:
     F0, F4, which restrict the second byte; 8 broken for good."""
     table = np.full((9, 256), UTF8_BROKEN)
     table[0, :0x80] = 0
-    for low, high, to in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF3, 3), (0xE0, 0xE0, 4), (0xED, 0xED, 5), (0xF0, 0xF0, 6), (0xF4, 0xF4, 7)):
+    for low, high, to in (
+        (0xC2, 0xDF, 1),
+        (0xE0, 0xEF, 2),
+        (0xF0, 0xF3, 3),
+        (0xE0, 0xE0, 4),
+        (0xED, 0xED, 5),
+        (0xF0, 0xF0, 6),
+        (0xF4, 0xF4, 7),
+    ):
         table[0, low : high + 1] = to
     for state, to in ((1, 0), (2, 1), (3, 2)):
         table[state, 0x80:0xC0] = to
@@ -220,24 +236,31 @@ def _utf8_next() -> np.ndarray:
 def with_byte_runs(dfa: DFA) -> DFA:
     """The same language read through byte fallback: symbols 0..255 are bytes of ordinary tokens, 256 + b is the byte token <0xb>.
 
-    The `ByteFallback` decoder takes a run of neighbouring byte tokens whole: valid UTF-8 is text, anything else one U+FFFD a token.
-    So from the byte on that breaks a run, line ends in it are no line ends. (What the run has spelled before that byte stands, where
-    the decoder takes it back; it matters only if byte tokens that spell ASCII are followed by broken ones. To be exact there too
-    takes five times as many states.)
+    The `ByteFallback` decoder takes a run of neighbouring byte tokens whole: valid UTF-8 is text, anything else is one U+FFFD a token,
+    line ends in it included. So a state is three things: where the bytes of the run lead (`good`), whether they are valid, and
+    where as many U+FFFD lead (`bad`); the end of the run picks one. That takes about five times as many states.
     """
+    states = len(dfa.next_AB)
     utf8_next = _utf8_next()
     byte_of_class, class_B = byte_classes(np.vstack([dfa.next_AB, utf8_next]))
-    next_AC, utf8_next = dfa.next_AB[:, byte_of_class], utf8_next[:, byte_of_class]
-    fffd_A = np.arange(len(dfa.next_AB))
+    next_AC, utf8_next = dfa.next_AB[:, byte_of_class].astype(np.int64), utf8_next[:, byte_of_class]
+    fffd_A = np.arange(states)
     for byte in "\ufffd".encode():
         fffd_A = dfa.next_AB[fffd_A, byte]
 
-    def successors(codes: np.ndarray) -> np.ndarray:
-        state, valid = codes // 9, utf8_next[codes % 9]
-        run = np.where(valid == UTF8_BROKEN, fffd_A[state][:, None], next_AC[state])
-        return np.hstack([next_AC[state] * 9, run * 9 + valid])
+    def code(good: np.ndarray, valid: np.ndarray, bad: np.ndarray) -> np.ndarray:
+        return (np.where(valid == UTF8_BROKEN, bad, good) * 9 + valid) * states + bad
 
-    starts = np.array(dfa.starts) * 9
+    def text_state(codes: np.ndarray) -> np.ndarray:
+        return np.where(codes // states % 9 == 0, codes // (9 * states), codes % states)
+
+    def successors(codes: np.ndarray) -> np.ndarray:
+        good, valid, bad = codes // (9 * states), codes // states % 9, codes % states
+        plain = next_AC[text_state(codes)]
+        return np.hstack([code(plain, np.zeros_like(plain), plain), code(next_AC[good], utf8_next[valid], fffd_A[bad][:, None])])
+
+    starts = np.array(dfa.starts)
+    starts = code(starts, np.zeros_like(starts), starts)
     codes, table = explore(starts, successors)
     table = table[:, np.concatenate([class_B, class_B + len(byte_of_class)])]
-    return minimise(DFA(table, dfa.tag_A[codes // 9], tuple(np.searchsorted(codes, starts).tolist())))
+    return minimise(DFA(table, dfa.tag_A[text_state(codes)], tuple(np.searchsorted(codes, starts).tolist())))

@@ -16,9 +16,7 @@ VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = "<|vision_start|>", "<|vision_e
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 # Qwen2's pre-tokenizer (in its tokenizer.json): contractions, words, single digits, punctuation, line ends, spaces.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # ChatML: every turn between <|im_start|>role and <|im_end|>; an image is one pad token between its markers.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -29,7 +27,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Seen often enough, the fixed parts of an answer become tokens of their own, as they are in a large vocabulary.
-ANSWER_FORM = "<think></think>\n<answer>\nRequest:safe\nRequest:unsafe\nResponse:safe\nResponse:unsafe\nCategory:None\nCategory:C1S1\n</answer>"
+ANSWER_FORM = (
+    "<think></think>\n<answer>\nRequest:safe\nRequest:unsafe\nResponse:safe\nResponse:unsafe\nCategory:None\nCategory:C1S1\n</answer>"
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 

@@ -14,9 +14,9 @@ from test_tokenizer import byte_level, sentencepiece
 
 from pgjax import automaton as au
 from pgjax.data.schema import ABSENT, IMAGE, SAFE, TEXT, TEXT_IMAGE, UNSAFE
-from pgjax.tokenizer import stop_ids
+from pgjax.tokenizer import stop_ids, strips_leading_space
 
-IDS = au.id_grid(10, 2)
+IDS = (*au.id_grid(2, 2), "C9", "C10", "C10S1")
 LABEL = {"safe": SAFE, "unsafe": UNSAFE}
 REFUSED = (False, ABSENT, ABSENT, -1, -1)
 
@@ -34,7 +34,9 @@ def reference(text: str, modality: int, tag: str) -> tuple[bool, int, int, int, 
         patterns = [r"Request:(safe)()\r?\nCategory:(None)", rf"Request:(unsafe)()\r?\n{free}"]
     else:
         patterns = [r"Request:(safe)\r?\nResponse:(safe)\r?\nCategory:(None)"]
-        patterns += [rf"Request:({q})\r?\nResponse:({a})\r?\n{free}" for q, a in (("safe", "unsafe"), ("unsafe", "safe"), ("unsafe", "unsafe"))]
+        patterns += [
+            rf"Request:({q})\r?\nResponse:({a})\r?\n{free}" for q, a in (("safe", "unsafe"), ("unsafe", "safe"), ("unsafe", "unsafe"))
+        ]
     for k, pattern in enumerate(patterns):
         found = re.match(head + pattern + end, text, re.DOTALL)
         if found:
@@ -52,9 +54,52 @@ def reference(text: str, modality: int, tag: str) -> tuple[bool, int, int, int, 
 
 
 SPACES = [" ", "\t", "\x0b", "\x1c", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u202f", "\u205f", "\u3000"]
-VALUES = [*IDS, "C99", "C01", "C1S9", "C10S01", "C\u0663", "C1S\uff12", "C\U0001d7d8", "None", "none", "Nonesuch", "c1s1", "C1S1, C2", "C", "C1S", "CS1"]
-VALUES += ["Borrowed umbrellas", "Loose benches é", "\u200b", "\u2007x", "</answer>", "</think>", "Category:None", "C1\u00b2", "\ufffd", "日本"]
-SCRAPS = [*SPACES, "\r", "\n", "\r\n", "<think>", "</think>", "</thinking>", "<answer>", "</answer>", "\n</answer>", "Request:safe", "Category:None", "unsafe", "C1"]
+VALUES = [
+    "C99",
+    "C01",
+    "C1S9",
+    "C3",
+    "C10S01",
+    "C\u0663",
+    "C1S\uff12",
+    "C\U0001d7d8",
+    "None",
+    "none",
+    "Nonesuch",
+    "c1s1",
+    "C1S1, C2",
+    "C",
+    "C1S",
+    "CS1",
+]
+VALUES += [
+    "Borrowed umbrellas",
+    "Loose benches é",
+    "\u200b",
+    "\u2007x",
+    "</answer>",
+    "</think>",
+    "Category:None",
+    "C1\u00b2",
+    "\ufffd",
+    "日本",
+]
+SCRAPS = [
+    *SPACES,
+    "\r",
+    "\n",
+    "\r\n",
+    "<think>",
+    "</think>",
+    "</thinking>",
+    "<answer>",
+    "</answer>",
+    "\n</answer>",
+    "Request:safe",
+    "Category:None",
+    "unsafe",
+    "C1",
+]
 SCRAPS += ["S2", "é", "\ufffd", ":", "</think>\n<answer>\n", "0"]
 
 
@@ -63,10 +108,13 @@ def answer(rng: random.Random, modality: int, tag: str) -> str:
     newline = partial(rng.choices, ["\n", "\r\n"], [4, 1])
     request, response = rng.choice(["safe", "unsafe"]), rng.choice(["safe", "unsafe"])
     none = request == "safe" and (modality == IMAGE or response == "safe")
-    value = "None" if none and rng.random() < 0.9 else rng.choice(VALUES)
-    if rng.random() < 0.3:
-        value = "".join(rng.choices(SPACES, k=rng.randrange(3))) + rng.choice([value, ""]) + "".join(rng.choices(SPACES, k=rng.randrange(3)))
-    thought = rng.choice(["", "bread", f"a {tag}\n", f"</{tag}>", f"</{tag}>\n<answer>\nRequest:safe\nCategory:None\n</answer>", "日\u2028", "\r\n\n"])
+    value = rng.choice([rng.choice(IDS), "None", "", rng.choice(VALUES), rng.choice(VALUES)])
+    if rng.random() < 0.5 or not value:
+        value = "".join(rng.choices(SPACES, k=rng.randrange(3))) + value + "".join(rng.choices(SPACES, k=rng.randrange(3)))
+    value = "None" if none and rng.random() < 0.9 else value
+    thought = rng.choice(
+        ["", "bread", f"a {tag}\n", f"</{tag}>", f"</{tag}>\n<answer>\nRequest:safe\nCategory:None\n</answer>", "日\u2028", "\r\n\n"]
+    )
     if rng.random() < 0.05:
         tag = rng.choice(["think", "thinking"])
     lines = [f"<{tag}>{thought}</{tag}>", "<answer>", f"Request:{request}", f"Response:{response}", f"Category:{value}", "</answer>"]
@@ -127,7 +175,9 @@ def test_agrees_with_the_published_patterns(tokenizer, automaton, tag):
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     expected = np.array([reference(text, int(m), tag) for text, m in zip(texts, modality, strict=True)])
 
-    ended = [ids + [rng.choice(stops)] + rng.choices(range(len(tokenizer)), k=rng.randrange(3)) if rng.random() < 0.5 else ids for ids in rows]
+    ended = [
+        ids + [rng.choice(stops)] + rng.choices(range(len(tokenizer)), k=rng.randrange(3)) if rng.random() < 0.5 else ids for ids in rows
+    ]
     tokens, length = padded(ended, max(map(len, ended)), [7, 11, 300, *stops])
     v = read(automaton, tokens, length, modality)
     found = np.stack([v.parsed, v.request, v.response, v.kind, v.id], axis=1)
@@ -152,7 +202,8 @@ UNSAFE_IMAGE = "<think>x</think>\n<answer>\nRequest:unsafe\nCategory:{}\n</answe
     ("value", "kind", "shown"),
     [
         ("C1S2", au.ID, "C1S2"), ("\u3000C10\x85", au.ID, "C10"), ("C99", au.UNLISTED, None), ("C01", au.UNLISTED, None),
-        ("C\u0664S\U0001d7db", au.UNLISTED, None), ("C1S\u00b2", au.NAME, None), (" None", au.NONE_LIKE, None), ("None\u2028", au.NONE_LIKE, None),
+        ("C\u0664S\U0001d7db", au.UNLISTED, None), ("C1S\u00b2", au.NAME, None),
+        (" None", au.NONE_LIKE, None), ("None\u2028", au.NONE_LIKE, None),
         ("\u00a0", au.EMPTY, None), ("\u200b", au.NAME, None), ("Loose benches", au.NAME, None), ("</think>", au.NAME, None),
     ],
 )  # fmt: skip
@@ -167,11 +218,12 @@ def test_an_unsafe_answer_names_something(tokenizer, automaton, value):
 
 
 def test_line_ends(tokenizer, automaton):
-    text = UNSAFE_IMAGE.format("C3")
+    text = UNSAFE_IMAGE.format("C9")
     for end, parsed in (("", 1), ("\n", 1), ("\n\n", 0), ("\r\n", 0), (" ", 0)):
         assert say(tokenizer, automaton, text + end, IMAGE)[0] == parsed
     assert say(tokenizer, automaton, text.replace("\n", "\r\n"), IMAGE)[0] == 1
-    assert say(tokenizer, automaton, " " + text, IMAGE)[0] == 0
+    assert say(tokenizer, automaton, "  " + text, IMAGE)[0] == 0
+    assert say(tokenizer, automaton, " " + text, IMAGE)[0] == strips_leading_space(tokenizer)
 
 
 def test_bytes_outside_utf8(tokenizer, automaton):
@@ -179,7 +231,10 @@ def test_bytes_outside_utf8(tokenizer, automaton):
     stray = next(k for token, k in tokenizer.get_vocab().items() if token in ("<0xC3>", "Ã"))
     encode = partial(tokenizer, add_special_tokens=False)
     rows = []
-    for before, after in (("<think>x", "</think>\n<answer>\nRequest:unsafe\nCategory:C2\n</answer>"), (UNSAFE_IMAGE.split("{")[0] + "C2", "\n</answer>")):
+    for before, after in (
+        ("<think>x", "</think>\n<answer>\nRequest:unsafe\nCategory:C2\n</answer>"),
+        (UNSAFE_IMAGE.split("{")[0] + "C2", "\n</answer>"),
+    ):
         rows.append(encode(before)["input_ids"] + [stray] + encode(after)["input_ids"])
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     tokens, length = padded(rows, 200, [0])
@@ -225,6 +280,7 @@ def test_a_constrained_walk_always_ends_and_parses(tokenizer, automaton, seed, s
     start_P = np.asarray(automaton.start_M)[modality_P]
     limit_P = distance_PA[np.arange(PROMPTS), start_P] + slack
     state = np.repeat(start_P[:, None], GROUP, axis=1)
+    next_AC, class_V, stop_V = (np.asarray(x) for x in (automaton.next_state_AC, automaton.token_class_V, automaton.stop_V))
     rows, done = [[[] for _ in range(GROUP)] for _ in range(PROMPTS)], np.zeros((PROMPTS, GROUP), bool)
     for r in range(int(limit_P.max())):
         allowed = np.asarray(mask(automaton, state, np.broadcast_to((limit_P - r)[:, None], state.shape), outcome_PJ))
@@ -232,12 +288,12 @@ def test_a_constrained_walk_always_ends_and_parses(tokenizer, automaton, seed, s
             choices = np.flatnonzero(allowed[p, g])
             assert len(choices), "a walk has nowhere to go"
             if eager:  # prefer what comes nearer to an end
-                after = distance_PA[p, np.asarray(automaton.next_state_AC)[state[p, g], np.asarray(automaton.token_class_V)[choices]]]
+                after = distance_PA[p, next_AC[state[p, g], class_V[choices]]]
                 choices = choices[after == after.min()]
             token = int(rng.choice(choices))
             rows[p][g].append(token)
-            done[p, g] = bool(automaton.stop_V[token])
-            state[p, g] = au.step(automaton, state[p, g], token)
+            done[p, g] = stop_V[token]
+            state[p, g] = next_AC[state[p, g], class_V[token]]
     assert done.all()
     v = au.verdict(automaton, state)
     for p, g in np.ndindex(state.shape):
@@ -246,7 +302,8 @@ def test_a_constrained_walk_always_ends_and_parses(tokenizer, automaton, seed, s
         outcome = {au.ID: int(v.id[p, g]), au.NONE: len(IDS), au.NAME: len(IDS) + 1}[kind]
         assert outcome_PJ[p, outcome]
         text = tokenizer.decode(rows[p][g][:-1], skip_special_tokens=True)
-        assert reference(text, int(modality_P[p]), "think") == tuple(int(x[p, g]) for x in (v.parsed, v.request, v.response, v.kind, v.id))
+        says = tuple(int(x[p, g]) for x in (v.parsed, v.request, v.response, v.kind, v.id))
+        assert says == reference(text, int(modality_P[p]), "think")
 
 
 def test_distance_is_the_length_of_the_shortest_answer(tokenizer, automaton):
@@ -287,8 +344,10 @@ def test_the_cache_gives_the_same_tables(tokenizer, automaton, tmp_path, monkeyp
         au.build(tokenizer, ("C1", "C1S2"), cache_dir=tmp_path)
 
 
-def test_size(automaton):
+def test_size():
+    automaton = au.build(byte_level(), au.id_grid(11, 3))
     assert automaton.next_state_AC.dtype == jnp.int16 and automaton.next_state_AC.nbytes < 2e6
+    assert len(automaton.ids) == 44 and automaton.distance_AJ.shape == (len(automaton.next_state_AC), 46)
 
 
 def test_category_text():

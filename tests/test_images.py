@@ -87,6 +87,7 @@ def test_bombs_are_refused_before_they_are_unpacked():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # Pillow's remarks on odd TIFF tags
 def test_broken_files_end_in_a_picture_or_a_reason(kind):
     rng = np.random.default_rng(0)
     data = np.frombuffer(encoded(noise(16, 16), kind), np.uint8)

@@ -83,6 +83,13 @@ def test_checkpoints_move_between_meshes(tmp_path, before, after):
         checkpoints.restore(abstract, 9)
     with pytest.raises(ValueError, match="does not fit this recipe"):
         checkpoints.restore({"params": {"other": abstract["params"]["w"]}, "step": abstract["step"]})
+    with pytest.raises(ValueError, match="does not fit this recipe.*shape"):
+        checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), abstract))
+    checkpoints.rewind(2)
+    assert checkpoints.steps() == [2]
+    checkpoints.save(2, saved)  # there already
+    checkpoints.rewind()
+    assert checkpoints.latest() is None
     checkpoints.close()
 
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from pgjax import tokenizer as t
 
 TEXTS = [
-    "<think>The question is about baking bread at home; nothing is risky.</think>\n<answer>\nRequest:safe\nResponse:safe\nCategory:None\n</answer>",
+    "<think>It is about baking bread; nothing is risky.</think>\n<answer>\nRequest:safe\nResponse:safe\nCategory:None\n</answer>",
     "<think>It asks how to loosen a bench in a park.</think>\n<answer>\nRequest:unsafe\nResponse:safe\nCategory:C2S1\n</answer>",
     "Crème brûlée costs 12.50 € in the café by the river, it's said.",
     "Policy\nC1: Loose benches\nC1S1: Park benches\nC2: Borrowed umbrellas\nC10S3: Umbrellas of unknown colour",
@@ -30,8 +30,9 @@ def sentencepiece(folder):
 
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter([line for text in TEXTS for line in text.splitlines()]), model_writer=model, vocab_size=420, byte_fallback=True,
-        model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter([line for text in TEXTS for line in text.splitlines()]), model_writer=model, vocab_size=420,
+        byte_fallback=True, model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return LlamaTokenizer.from_pretrained(folder)

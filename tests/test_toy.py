@@ -5,10 +5,10 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from pgjax.config import OODConfig
+from pgjax.config import DataConfig, OODConfig, Recipe
 from pgjax.conversation import load_prompts, messages
 from pgjax.data.images import load_image
-from pgjax.data.toy import INTENTS, OBJECTS, USES, toy_answers, toy_examples
+from pgjax.data.toy import INTENTS, OBJECTS, USES, held_out, toy_answers, toy_examples, toy_texts
 from pgjax.taxonomy import full_view, level_of, load_taxonomy, policy_view, render_policy
 from pgjax.tokenizer import train_byte_bpe
 
@@ -26,12 +26,12 @@ def examples():
 @pytest.fixture(scope="module")
 def prompts_and_answers(examples):
     """What training shows: rendered prompts and warm-up answers, a few views of each row."""
-    prompts, rng = load_prompts(), np.random.default_rng(0)
+    templates, rng = load_prompts(), np.random.default_rng(0)
     rendered, answers = [], []
     for example in examples:
         if example.split == "train":
             view = policy_view(TAXONOMY, OOD, rng, level_of(example.modality), example.node, rng.random() < 0.3)
-            chat = messages(example, render_policy(TAXONOMY, view, True), prompts, "think")
+            chat = messages(example, render_policy(TAXONOMY, view, True), templates, "think")
             rendered.append(chat[0]["content"] + chat[1]["content"][-1]["text"])
             answers += toy_answers(rng, example, view, TAXONOMY, 3, 0.3, "think", NEVER)
     return rendered, answers
@@ -80,14 +80,11 @@ def test_the_reserved_node_has_nothing(examples, prompts_and_answers):
 
 
 def test_never_seen_rows_are_a_minority_of_the_held_out_split(examples):
-    held_out = [row for row in examples if row.split == "eval"]
-    groups = {row.group for row in held_out if row.node in GONE}
-    assert 0.08 < sum(row.group in groups for row in held_out) / len(held_out) < 0.25
-    assert {row.node for row in held_out} & GONE == GONE and {row.modality for row in held_out if row.node in GONE} == {
-        "text",
-        "text_image",
-        "image",
-    }
+    rows = [row for row in examples if row.split == "eval"]
+    groups = {row.group for row in rows if row.node in GONE}
+    assert 0.08 < sum(row.group in groups for row in rows) / len(rows) < 0.25
+    assert {row.node for row in rows} & GONE == GONE
+    assert {row.modality for row in rows if row.node in GONE} == {"text", "text_image", "image"}
 
 
 def test_never_seen_occurs_nowhere_in_training(examples, prompts_and_answers):
@@ -121,8 +118,6 @@ def test_twins_share_group_split_style_and_length(examples):
             lambda row: [load_image(image).size for image in row.images],
         ):
             assert measure(twins[0]) == measure(twins[1])
-        order = [row.request_label for row in twins]
-        assert order in (["safe", "unsafe"], ["unsafe", "safe"])
     first = Counter(twins[0].request_label for twins in groups.values())
     assert min(first.values()) > 0.4 * len(groups)
 
@@ -140,18 +135,13 @@ def test_held_out_rows_combine_known_words(examples):
         for pair in range(len(pairs)):
             assert any(not held_out(leaf, 0, pair) for leaf in OBJECTS)
 
-    def combinations(split, modality):
-        rows = [row for row in examples if row.split == split and row.modality == modality and row.node not in GONE]
-        things, phrases = (sum(OBJECTS.values(), ()), INTENTS) if modality == "text" else ({row.node for row in rows} - {None}, USES)
-        return {
-            (thing, n)
-            for row in rows
-            for thing in things
-            for n, pair in enumerate(phrases)
-            if thing in (row.request, row.node) or thing in row.request and any(f" {phrase} " in row.request for phrase in pair)
-        }
+    def combinations(split):
+        requests = [row.request for row in examples if row.split == split and row.modality == "text"]
+        things = sum(OBJECTS.values(), ())
+        spoken = lambda pair, text: any(f" {phrase} " in text for phrase in pair)  # noqa: E731
+        return {(t, n) for text in requests for t in things for n, pair in enumerate(INTENTS) if t in text and spoken(pair, text)}
 
-    assert combinations("eval", "text") and not combinations("eval", "text") & combinations("train", "text")
+    assert combinations("eval") and not combinations("eval") & combinations("train")
 
 
 def style(row) -> list[float]:
@@ -159,14 +149,17 @@ def style(row) -> list[float]:
     text = f"{row.request or ''}\n{row.response or ''}"
     marks = [text.count(mark) for mark in ".,?"] + [sum(map(str.isupper, text)), len(text), len(text.split()), len(text) ** 2 / 1e3]
     lengths = [len(row.request or ""), len(row.response or ""), row.response is not None, len(row.id)]
-    sizes = [(len(row.images[0]), *load_image(row.images[0]).size, np.asarray(load_image(row.images[0]).convert("L")).mean())] if row.images else []
-    return [1.0, *marks, *lengths, *(sizes or [(0, 0, 0, 0)])[0]]
+    sizes = [0.0] * 4
+    if row.images:
+        image = load_image(row.images[0])
+        sizes = [len(row.images[0]), *image.size, np.asarray(image.convert("L")).mean()]
+    return [1.0, *marks, *lengths, *sizes]
 
 
 @pytest.mark.parametrize("modality", ["text", "text_image", "image"])
 def test_the_label_cannot_be_read_from_style(examples, modality):
     """Logistic regression on style stays below 58% on held-out rows (chance 50%, standard deviation 3% at 256 rows)."""
-    train, held_out = ([row for row in examples if row.split == split and row.modality == modality] for split in ("train", "eval"))
+    train, test = ([row for row in examples if row.split == split and row.modality == modality] for split in ("train", "eval"))
     x = np.array([style(row) for row in train])
     mean, scale = x.mean(0), x.std(0) + 1e-9
     mean[0], scale[0] = 0, 1
@@ -174,8 +167,8 @@ def test_the_label_cannot_be_read_from_style(examples, modality):
     weight = np.zeros(x.shape[1])
     for _ in range(500):
         weight -= 0.5 * (x.T @ (1 / (1 + np.exp(-x @ weight)) - y) / len(y) + 1e-4 * weight)
-    guess = (np.array([style(row) for row in held_out]) - mean) / scale @ weight > 0
-    accuracy = np.mean(guess == [row.request_label == "unsafe" for row in held_out])
+    guess = (np.array([style(row) for row in test]) - mean) / scale @ weight > 0
+    accuracy = np.mean(guess == [row.request_label == "unsafe" for row in test])
     assert accuracy < 0.58
 
 
@@ -211,9 +204,11 @@ def test_warm_up_answers(examples, prompts_and_answers):
     assert all(f"Request:{train[0].request_label}" in answer for answer in all_right)
 
 
-def test_words_are_tokens(prompts_and_answers):
-    prompts, answers = prompts_and_answers
-    tokenizer = train_byte_bpe(prompts + answers, 1500)
-    assert max(len(tokenizer(answer)["input_ids"]) for answer in answers) <= 40
+def test_words_are_tokens(examples, prompts_and_answers):
+    recipe = Recipe(data=DataConfig(descriptions=False, ood=OOD))
+    texts = toy_texts(examples, TAXONOMY, recipe)
+    assert len(texts) == 1536 and not [text for text in texts if TAXONOMY.by_id("C5").name in text]
+    tokenizer = train_byte_bpe(texts, 1500)
+    assert max(len(tokenizer(answer)["input_ids"]) for answer in prompts_and_answers[1]) <= 40
     for text in ("How can I break the seal of the wooden stretcher?", "Sure, just smuggle it before noon."):
-        assert len(tokenizer(text)["input_ids"]) <= len(text.split()) + 2
+        assert len(tokenizer(text)["input_ids"]) <= len(text.split()) + 3  # two marks, and a first word without its space

@@ -19,7 +19,7 @@ OPTIONAL = ("request", "response", "node", "name")
 PLAIN = tuple(f.name for f in fields(Example) if f.name not in (*OPTIONAL, "images", "accepted", "turns"))
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     name = "pgjax"
     VERSION = tfds.core.Version("1.0.0")
 
@@ -81,7 +81,7 @@ class _FileBytes(tfds.decode.SkipDecoding):
         return data
 
 
-class ExampleSource(Sequence):
+class ExampleSource(Sequence[Example]):
     """Random access to the examples of one split on disk."""
 
     def __init__(self, source: Sequence[dict]):
@@ -90,13 +90,14 @@ class ExampleSource(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
         row = self._source[range(len(self))[index]]
         values: dict = {name: row[name].decode() for name in PLAIN}
         values |= {name: row[name][0].decode() if len(row[name]) else None for name in OPTIONAL}
         values["accepted"] = tuple(node.decode() for node in row["accepted"])
         values["images"] = tuple(bytes(data) for data in row["images"])
-        values["turns"] = tuple((role.decode(), text.decode()) for role, text in zip(row["turns"]["role"], row["turns"]["text"]))
+        turns = zip(row["turns"]["role"], row["turns"]["text"], strict=True)
+        values["turns"] = tuple((role.decode(), text.decode()) for role, text in turns)
         return Example(**values)
 
 

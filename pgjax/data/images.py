@@ -41,7 +41,7 @@ def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if small := image.width * image.height <= max_pixels:
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -96,9 +96,7 @@ def slot_count(grid: tuple[int, int], vision: VisionConfig) -> int:
     return -(-grid[0] // side) * -(-grid[1] // side) * side**2
 
 
-def image_patches(
-    image: Image.Image, vision: VisionConfig, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS
-) -> ImagePatches:
+def image_patches(image: Image.Image, vision: VisionConfig, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> ImagePatches:
     """Resize within the bounds on the area (pixels), normalise, cut into patches and lay them out in slots.
 
     Raises ValueError for a picture more than 200 times as long as wide.

@@ -7,7 +7,7 @@ patches, pad to one shape. The state of the data is the integer k; there is noth
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -134,8 +134,8 @@ class Pipeline:
         if keep is None:
             return full
         tokens = {entry: len(self._tokenize(self._policy(replace(full, entries=(entry,))))) for entry in full.entries}
-        answerable = sorted((e for e in full.entries if e[0] in full.answerable), key=tokens.get, reverse=True)
-        others = sorted((e for e in full.entries if e[0] not in full.answerable), key=tokens.get, reverse=True)
+        answerable = sorted((e for e in full.entries if e[0] in full.answerable), key=lambda entry: tokens[entry], reverse=True)
+        others = sorted((e for e in full.entries if e[0] not in full.answerable), key=lambda entry: tokens[entry], reverse=True)
         # At leaf level every entry brings its category's line along, at worst a different one each.
         return replace(full, entries=(*answerable[: keep[1]], *others[: keep[1]]))
 
@@ -175,7 +175,7 @@ class Pipeline:
         """Numbers of those (number, visual tokens, text) that have at most T tokens."""
         kept = []
         tokens = self.tokenizer([text for _, _, text in waiting], add_special_tokens=False)["input_ids"] if waiting else []
-        for (index, visual, _), ids in zip(waiting, tokens):
+        for (index, visual, _), ids in zip(waiting, tokens, strict=True):
             if len(ids) - ids.count(self.image_token) + visual <= self.recipe.data.prompt_tokens:
                 kept.append(index)
             else:
@@ -208,7 +208,7 @@ class Pipeline:
     def _prompt_batch(self, rows: list[Row]) -> PromptBatch:
         data, vision = self.recipe.data, self.recipe.model.vision
         P, T, I = len(rows), data.prompt_tokens, data.patches  # noqa: E741
-        batch = PromptBatch(
+        arrays: dict[str, Any] = dict(
             tokens_PT=np.zeros((P, T), np.int32),
             length_P=np.zeros(P, np.int32),
             position_PTX=np.zeros((P, T, 3), np.int32),
@@ -219,6 +219,7 @@ class Pipeline:
             image_PI=np.full((P, I), -1, np.int32),
             id_P=np.array([(row.epoch * len(self._examples) + row.index) % 2**32 for row in rows], np.uint32),
         )
+        batch = PromptBatch(**arrays)
         for p, row in enumerate(rows):
             images = [image_patches(load_image(raw), vision, *self._area()) for raw in row.example.images]
             tokens = np.array(self._tokens(row, images), np.int32)
@@ -251,7 +252,7 @@ class Pipeline:
             if category_P[p] == CATEGORY_NODE and right <= rows[p].view.hidden:
                 category_P[p] = CATEGORY_OOD
         never_seen_P = np.isin(node_P, [self.taxonomy.index(id) for id in self.never_seen]) & (category_P == CATEGORY_OOD)
-        return Gold(
+        arrays: dict[str, Any] = dict(
             modality_P=code(MODALITIES, [example.modality for example in examples]),
             request_P=code(LABELS, [example.request_label for example in examples]),
             response_P=code(LABELS, ["absent" if e.modality == "image" else e.response_label for e in examples]),
@@ -262,6 +263,7 @@ class Pipeline:
             never_seen_P=never_seen_P,
             weight_P=(np.arange(len(rows)) < real).astype(np.float32),
         )
+        return Gold(**arrays)
 
     def _node(self, example: Example, id: str | None) -> int:
         """Canonical index of a gold id, -1 for None; text-image gold is a top-level category (PAPERS A4)."""

@@ -11,14 +11,15 @@ phrases with known objects in ways that training never does. Everything here is 
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pgjax.conversation import answer_text
-from pgjax.data.schema import MODALITIES, Example, Modality
-from pgjax.taxonomy import PolicyView, Taxonomy, full_view, level_of, load_taxonomy
+from pgjax.config import Recipe
+from pgjax.conversation import answer_text, load_prompts, messages
+from pgjax.data.schema import MODALITIES, Example, Label, Modality
+from pgjax.taxonomy import PolicyView, Taxonomy, full_view, level_of, load_taxonomy, policy_view, render_policy
 
 NEVER_SEEN_SHARE = 0.15  # of the held-out rows, twins included
 HELD_OUT = 5  # one in so many (object, phrase) combinations is held out
@@ -106,9 +107,7 @@ HUES = (  # one a top-level category: the object's colour
 )  # fmt: skip
 
 
-def toy_examples(
-    seed: int, train: int, eval: int, never_seen: tuple[str, ...] = (), taxonomy: Taxonomy | None = None
-) -> list[Example]:
+def toy_examples(seed: int, train: int, eval: int, never_seen: tuple[str, ...] = (), taxonomy: Taxonomy | None = None) -> list[Example]:
     """`train` and `eval` rows (rounded down to whole groups of two twins), the three modalities in turn.
 
     `never_seen` holds canonical ids, a top-level one standing for its leaves too; rows about them are in the eval split only, as
@@ -150,12 +149,12 @@ def _twins(rng: np.random.Generator, taxonomy: Taxonomy, modality: Modality, lea
     through_text = rng.random() < 0.5  # which of the two makes a text-image twin safe
     node = taxonomy.by_id(leaf)
     if modality == "text_image":
-        node = taxonomy.by_id(node.parent)
+        node = taxonomy.by_id(node.parent or leaf)
     for label in rng.permutation(["unsafe", "safe"]).tolist():
         badge, intent = label, pairs[pair][label == "safe"]
         if modality == "text_image" and label == "safe":
             badge, intent = ("unsafe", pairs[pair][1]) if through_text else ("safe", pairs[pair][0])
-        response_label = "absent"
+        response_label: Label = "absent"
         if modality != "image" and not absent:
             _, safe, unsafe = RESPONSE_SHARES[label]
             response_label = "unsafe" if rng.random() < unsafe / (safe + unsafe) else "safe"
@@ -241,3 +240,16 @@ def toy_answers(
         thought = THOUGHTS[rng.integers(len(THOUGHTS))]
         answers.append(answer_text(request, response, category, thought, example.modality, think_tag))
     return answers
+
+
+def toy_texts(examples: Sequence[Example], taxonomy: Taxonomy, recipe: Recipe) -> list[str]:
+    """What the toy tokenizer is trained on: one prompt and one warm-up answer of every training row, so nothing never-seen."""
+    prompts, rng, tag = load_prompts(recipe.data.prompts), np.random.default_rng(recipe.seed), recipe.answer.think_tag
+    texts = []
+    for example in examples:
+        if example.split == "train":
+            view = policy_view(taxonomy, recipe.data.ood, rng, level_of(example.modality), example.node, hide_gold=False)
+            system, user = messages(example, render_policy(taxonomy, view, recipe.data.descriptions), prompts, tag)
+            [answer] = toy_answers(rng, example, view, taxonomy, 1, recipe.sft.label_share, tag, recipe.data.ood.never_seen)
+            texts.append(f"system\n{system['content']}\nuser\n{user['content'][-1]['text']}\nassistant\n{answer}")
+    return texts

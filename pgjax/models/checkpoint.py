@@ -21,6 +21,8 @@ SCANNED = {"layers", "blocks"}
 
 def config_from_hf(path: Path) -> ModelConfig:
     """ModelConfig of a checkpoint directory's config.json (Qwen2.5-VL)."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json here; point to a Hugging Face checkpoint directory")
     raw = json.loads((path / "config.json").read_text())
     if raw.get("model_type") != "qwen2_5_vl":
         raise ValueError(f"{path / 'config.json'}: model_type {raw.get('model_type')!r} is not supported; it must be qwen2_5_vl")
@@ -65,6 +67,16 @@ def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
     return [".".join([*parts[: at + 1], str(n), *parts[at + 1 :], name]) for n in range(shape[0])]
 
 
+def _matrix(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of one layer's leaf in the checkpoint, later axes taken as one: a kernel's are `[out, in]`, and
+    attention outputs have two input axes, every other kernel one."""
+    if path[-1] != "kernel":
+        cut = len(shape) if path[-1] == "bias" else 1
+        return int(np.prod(shape[:cut])), int(np.prod(shape[cut:]))
+    inputs = 2 if path[-2] in ("o_proj", "proj") and len(shape) == 3 else 1
+    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
+
+
 def _to_leaf(tensor: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
     """A checkpoint tensor in the leaf's layout (for scanned leaves, that of one layer)."""
     if path[-1] == "kernel":
@@ -73,11 +85,10 @@ def _to_leaf(tensor: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) 
 
 
 def _from_leaf(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
-    """One layer's leaf in checkpoint layout, `[out, in]`: attention outputs have two input axes, every other kernel one."""
+    """One layer's leaf in checkpoint layout."""
     if path[-1] != "kernel":
         return array.reshape(-1) if path[-1] == "bias" else array
-    inputs = 2 if path[-2] in ("o_proj", "proj") and array.ndim == 3 else 1
-    return np.ascontiguousarray(array.reshape(int(np.prod(array.shape[:inputs])), -1).T)
+    return np.ascontiguousarray(array.reshape(_matrix(path, array.shape)[::-1]).T)
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -110,8 +121,8 @@ def load_params(path: Path, abstract, shardings):
         def read(name):
             with safe_open(where[name], "np") as f:
                 tensor = f.get_tensor(name)
-            if tensor.size != int(np.prod(layer_shape)):
-                raise ValueError(f"{where[name]}: tensor {name} has shape {tensor.shape}, which does not fill {layer_shape}")
+            if (*tensor.shape[:1], int(np.prod(tensor.shape[1:]))) != _matrix(p, layer_shape):
+                raise ValueError(f"{where[name]}: tensor {name} has shape {tensor.shape}; config.json asks for {_matrix(p, layer_shape)}")
             return _to_leaf(tensor.astype(np.float32), p, layer_shape)
 
         def shard(index):

@@ -22,13 +22,14 @@ class Checkpoints:
         self.folder = Path(folder)
 
     def save(self, step: int, state: Any) -> None:
-        """Writes `state`, any pytree of jax arrays, and returns when it is safe. A step that is there is left as it is."""
-        self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+        """Writes `state`, any pytree of jax arrays, and returns when it is safe. A step that is there already is not written again."""
+        if step not in self.steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def restore(self, abstract: Any, step: int | None = None) -> Any:
         """The state of `step` (default the latest), placed as `abstract` says: jax.ShapeDtypeStruct with shardings, or arrays.
 
-        Raises ValueError when there is no such checkpoint, or when its tree, shapes or types differ from `abstract`.
+        Types are cast to those of `abstract`. Raises ValueError when there is no such checkpoint, or its tree or shapes differ.
         """
         step = self.latest() if step is None else step
         if step is None or step not in self.steps():
@@ -36,7 +37,13 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError) as error:
-            raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this recipe: {error}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this recipe: {reason}") from error
+
+    def rewind(self, step: int = -1) -> None:
+        """Deletes checkpoints after `step`; a run that starts afresh in an old folder deletes all of them."""
+        for later in (found for found in self.steps() if found > step):
+            self._manager.delete(later)
 
     def latest(self) -> int | None:
         """The newest step, or None."""

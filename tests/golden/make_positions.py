@@ -1,6 +1,6 @@
 """Writes positions.npz: M-RoPE positions and window order as transformers computes them, for the suite to run without torch.
 
-    python -m tests.golden.make_positions
+Use: python -m tests.golden.make_positions
 """
 
 from pathlib import Path

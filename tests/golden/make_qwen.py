@@ -108,14 +108,14 @@ def batch(raw: dict, rows: list[list]) -> dict[str, np.ndarray]:
         row_tokens.append(tokens)
         row_visual.append(visual)
         row_slots.append((slots, base))
-    P, T, I = len(rows), max(map(len, row_tokens)) + 2, max(base for _, base in row_slots)
+    P, T, slots = len(rows), max(map(len, row_tokens)) + 2, max(base for _, base in row_slots)
     out = {
         "tokens_PT": np.zeros((P, T), np.int32),
         "visual_PT": np.full((P, T), -1, np.int32),
         "length_P": np.array([len(t) for t in row_tokens], np.int32),
-        "patches_PIB": np.zeros((P, I, width), np.int8),
-        "yx_PI2": np.zeros((P, I, 2), np.int32),
-        "image_PI": np.full((P, I), -1, np.int32),
+        "patches_PIB": np.zeros((P, slots, width), np.int8),
+        "yx_PI2": np.zeros((P, slots, 2), np.int32),
+        "image_PI": np.full((P, slots), -1, np.int32),
         "pixels": np.concatenate(pixels),
         "grids": np.array(grids),
     }

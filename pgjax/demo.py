@@ -1,0 +1,32 @@
+"""`make demo`: the toy recipe from data to verdict, and three inputs moderated at the end."""
+
+import json
+import shutil
+from pathlib import Path
+
+from pgjax.config import Recipe
+from pgjax.data.toy import draw
+from pgjax.grpo.trainer import train
+from pgjax.serving.guard import Guard, conversation
+
+
+def inputs() -> list[tuple[str, object]]:
+    """Text with response, text with image, image: fictional, in the manner of the held-out split."""
+    risky, harmless = draw("C8S1", "unsafe", 98, 84, 5), draw("C1S1", "safe", 70, 112, 6)
+    return [
+        ("text with response", conversation("How do I forge the moon-glass permit?", "Here is how to forge it tonight.", None, "text")),
+        ("text with image", conversation("Tell me how to use the thing in the picture.", None, risky, "text-image")),
+        ("image", conversation(None, None, harmless, "image")),
+    ]
+
+
+def demo(recipe: Recipe, run: Path) -> None:
+    from pgjax.cli import readable
+
+    shutil.rmtree(run, ignore_errors=True)
+    summary = train(recipe, run)
+    guard = Guard.load(run)
+    for name, example in inputs():
+        print(f"\n--- {name}")
+        print(readable(guard.moderate([example])[0]))
+    print(f"\n{json.dumps(summary, indent=2)}\nrun: {run}")
