@@ -17,6 +17,8 @@ def start_jax(devices: int) -> None:
     from pgjax.train.materials import cache_dir
 
     if devices:
+        # With XLA's concurrent schedule, simulated devices reach independent collectives in different orders and wait for ever.
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
@@ -59,7 +61,7 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
 
     image = read_bytes(args.image) if args.image else None
     example = conversation(args.request, args.response, image)
-    (verdict,) = Guard.load(Path(args.model), args.policy and Path(args.policy)).moderate([example])
+    (verdict,) = Guard.load(Path(args.model), args.policy and Path(args.policy)).moderate([example], args.categories)
     print(json.dumps(verdict, ensure_ascii=False) if args.json else readable(verdict))
 
 
@@ -126,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", required=True, help="run folder")
     for flag, text in (("request", "user text"), ("response", "agent text"), ("image", "file"), ("policy", "taxonomy file of your own")):
         sub.add_argument(f"--{flag}", help=text)
+    sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
     sub.add_argument("--json", action="store_true", help="one JSON object")
     sub = command("bank", bank, "build a synonym bank, or set its thresholds from its own similarities")
     sub.add_argument("action", choices=("build", "calibrate"))

@@ -146,7 +146,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     weight_decay: float = 0.01
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # global norm; 0: off
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 from pgjax.config import Recipe
 from pgjax.data.toy import draw
 from pgjax.grpo.trainer import train
 from pgjax.serving.guard import Guard, conversation
+from pgjax.train.run_folder import replace_file
+
+SHOWN = ("C1S1", "C4S2", "C8S1")  # categories that the three prompts list
 
 
 def inputs() -> list[tuple[str, object]]:
@@ -23,10 +27,13 @@ def inputs() -> list[tuple[str, object]]:
 def demo(recipe: Recipe, run: Path) -> None:
     from pgjax.cli import readable
 
+    began = time.monotonic()
     shutil.rmtree(run, ignore_errors=True)
     summary = train(recipe, run)
     guard = Guard.load(run)
     for name, example in inputs():
         print(f"\n--- {name}")
-        print(readable(guard.moderate([example])[0]))
+        print(readable(guard.moderate([example], SHOWN)[0]))
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    replace_file(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\n{json.dumps(summary, indent=2)}\nrun: {run}")

@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# With XLA's concurrent schedule, simulated devices reach independent collectives in different orders and wait for ever. So they do
+# when one device's waiting collectives take all threads of the pool, which has as many as there are devices unless NPROC says more.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ.setdefault("NPROC", "64")
 
 import jax  # noqa: E402
 

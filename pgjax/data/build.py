@@ -4,6 +4,7 @@ Pictures are stored as the original file bytes (TFDS keeps those of a BytesIO as
 is a sequence of at most one entry, because TFDS knows no None.
 """
 
+import contextlib
 import io
 import os
 import shutil
@@ -67,7 +68,8 @@ def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
     tfds.disable_progress_bar()
     try:
         builder = _Builder(examples, data_dir=aside, file_format="array_record")
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+            builder.download_and_prepare()
         os.replace(builder.data_path, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -48,7 +48,8 @@ def _truncate(logp: jax.Array, top_k: int, top_p: float) -> jax.Array:
         kth = jax.lax.top_k(logp, top_k)[0][..., -1:]
         logp = jnp.where(logp >= kth, logp, BLOCKED)
     if top_p < 1.0:
-        ordered = jnp.sort(jax.nn.log_softmax(logp), axis=-1, descending=True)
+        logp = jax.nn.log_softmax(logp)  # of what top-k left; the cut below compares with these very numbers
+        ordered = jnp.sort(logp, axis=-1, descending=True)
         before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
         last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
         logp = jnp.where(logp >= jnp.take_along_axis(ordered, last, axis=-1), logp, BLOCKED)

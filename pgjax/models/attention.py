@@ -47,20 +47,21 @@ def _scores(spec: str, q, k):
 
 
 def _prompt_attention(q, k, v, length_P, chunk: int):
-    """Causal attention of the prompt to itself, in query chunks so that [T, T] scores of a long prompt never exist at once."""
-    T = q.shape[1]
-    slot_T = jnp.arange(T)
+    """Causal attention of the prompt to itself, in query chunks against the keys up to their end: [T, T] scores of a long
+    prompt never exist at once, and what lies above the diagonal is not computed."""
 
-    def one(start, q_chunk):
-        seen = (slot_T[None, :] <= start + jnp.arange(q_chunk.shape[1])[:, None])[None] & (slot_T < length_P[:, None])[:, None, :]
-        (weight,) = _softmax([_scores("ptkgc,pskc->pkgts", q_chunk, k)], [seen[:, None, None]])
+    def one(q, k, v):
+        seen = jnp.arange(k.shape[1]) <= (k.shape[1] - q.shape[1] + jnp.arange(q.shape[1]))[:, None]
+        seen = seen & (jnp.arange(k.shape[1]) < length_P[:, None])[:, None, :]
+        (weight,) = _softmax([_scores("ptkgc,pskc->pkgts", q, k)], [seen[:, None, None]])
         return jnp.einsum("pkgts,pskc->ptkgc", weight.astype(v.dtype), v)
 
-    if T <= chunk or T % chunk:
-        return one(0, q)
-    q_chunks = jnp.moveaxis(q.reshape(q.shape[0], T // chunk, chunk, *q.shape[2:]), 1, 0)
-    out = jax.lax.map(jax.checkpoint(lambda a: one(*a)), (jnp.arange(0, T, chunk), q_chunks))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    T = q.shape[1]
+    if T <= chunk:
+        return one(q, k, v)
+    ends = [min(start + chunk, T) for start in range(0, T, chunk)]
+    parts = [jax.checkpoint(one)(q[:, i * chunk : end], k[:, :end], v[:, :end]) for i, end in enumerate(ends)]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _blocks(x, block: int):

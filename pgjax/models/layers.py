@@ -11,6 +11,9 @@ from flax import linen as nn
 from pgjax.parallel.mesh import constrain
 
 
+RESIDUAL = 0.01  # a fresh layer hardly disturbs the stream, so that tokens stay apart while a small model starts to learn
+
+
 class Linear(nn.Module):
     """y = x . kernel (+ bias) over the trailing `inputs` axes of x. Kernel and bias are float32, the product in `dtype`."""
 
@@ -19,12 +22,13 @@ class Linear(nn.Module):
     inputs: int = 1
     bias: bool = False
     dtype: jnp.dtype = jnp.float32
+    scale: float = 1.0  # of the initial variance: RESIDUAL where the output is added to a residual stream
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = x.shape[-self.inputs :] + self.features
         init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "normal", in_axis=tuple(range(self.inputs)), out_axis=tuple(range(self.inputs, len(shape)))
+            self.scale, "fan_in", "normal", in_axis=tuple(range(self.inputs)), out_axis=tuple(range(self.inputs, len(shape)))
         )
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
         y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.inputs)
@@ -55,11 +59,12 @@ class Embedding(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.width**-0.5), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, (self.vocab, self.width))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return constrain(self.embedding.astype(self.dtype)[tokens], "batch", None, None)
+        table = constrain(self.embedding.astype(self.dtype), "vocab", None)  # gathered over fsdp before the look-up, not after
+        return constrain(table[tokens], "batch", None, None)
 
     def attend(self, x: jax.Array) -> jax.Array:
         return x @ self.embedding.astype(self.dtype).T
@@ -76,7 +81,7 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = dict(features=(self.mlp,), axes=("embed", "mlp"), bias=self.bias, dtype=self.dtype)
         hidden = nn.silu(Linear(**wide, name="gate_proj")(x)) * Linear(**wide, name="up_proj")(x)
-        return Linear((x.shape[-1],), ("mlp", "embed"), bias=self.bias, dtype=self.dtype, name="down_proj")(hidden)
+        return Linear((x.shape[-1],), ("mlp", "embed"), bias=self.bias, dtype=self.dtype, scale=RESIDUAL, name="down_proj")(hidden)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from flax import struct
 
 from pgjax.config import TextConfig
 from pgjax.models.attention import Row, grouped_attention, lane_attention
-from pgjax.models.layers import Embedding, GatedMLP, Linear, RMSNorm, rotate
+from pgjax.models.layers import RESIDUAL, Embedding, GatedMLP, Linear, RMSNorm, rotate
 from pgjax.parallel.mesh import constrain
 
 
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
             own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPGRKC, cache.v_LPGRKC))
             out = lane_attention(q, prompt.k_LPTKC, prompt.v_LPTKC, own_k, own_v, context.length_P, context.offset)
             saved = None
-        out = Linear((x.shape[-1],), ("heads", None, "embed"), inputs=2, dtype=self.dtype, name="o_proj")(out)
+        out = Linear((x.shape[-1],), ("heads", None, "embed"), inputs=2, dtype=self.dtype, scale=RESIDUAL, name="o_proj")(out)
         return out, cache, saved
 
 

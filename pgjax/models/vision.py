@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from pgjax.config import VisionConfig
 from pgjax.models.attention import segment_attention
-from pgjax.models.layers import GatedMLP, Linear, RMSNorm, rotate
+from pgjax.models.layers import RESIDUAL, GatedMLP, Linear, RMSNorm, rotate
 from pgjax.parallel.mesh import constrain
 
 
@@ -40,7 +40,7 @@ class VisionAttention(nn.Module):
             return segment_attention(q, k, v, segment).reshape(P, I, c.heads, head_dim)
 
         out = jax.lax.cond(full, lambda q, k, v: segment_attention(q, k, v, image_PI), windowed, q, k, v)
-        return Linear((D,), ("heads", None, "embed"), inputs=2, bias=True, dtype=self.dtype, name="proj")(out)
+        return Linear((D,), ("heads", None, "embed"), inputs=2, bias=True, dtype=self.dtype, scale=RESIDUAL, name="proj")(out)
 
 
 class VisionBlock(nn.Module):

@@ -1,5 +1,7 @@
 """A trained guard as one object: a conversation in, a verdict out."""
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from transformers import AutoTokenizer
 
 from pgjax import automaton as answers
 from pgjax.automaton import Automaton
-from pgjax.config import Recipe
+from pgjax.config import OODConfig, Recipe
 from pgjax.data.pipeline import Pipeline
 from pgjax.data.schema import LABELS, Example
 from pgjax.generate.decode import decode, encode, prefill
@@ -52,15 +54,19 @@ class Guard:
         automaton = answers.build(tokenizer, grid(taxonomy), recipe.answer.think_tag, recipe.model.text.vocab, cache_dir())
         return cls(recipe, setup, weights, tokenizer, taxonomy, automaton)
 
-    def moderate(self, examples: list[Example]) -> list[dict]:
+    def moderate(self, examples: list[Example], categories: Sequence[str] = ()) -> list[dict]:
         """One verdict per conversation, greedy and under the automaton, so that every answer ends and parses.
 
-        Keys: request, response (safe, unsafe or null), category_id (of the policy, or null), category_name, in_policy, reasoning,
+        `categories` names the taxonomy ids that the prompt's policy lists; none means all. Keys: request, response (safe, unsafe or null), category_id (of the policy, or null), category_name, in_policy, reasoning,
         parsed, not_a_guard. Raises ValueError for a conversation that does not fit the recipe's prompt (too long, unreadable image).
         """
-        pipeline = Pipeline(examples, self.taxonomy, self.tokenizer, self.recipe, examples[0].split, self.automaton.ids)
+        listed = {leaf.id for id in categories for leaf in self.taxonomy.children(id) or (self.taxonomy.by_id(id),)}
+        hidden = tuple(leaf.id for leaf in self.taxonomy.leaves if listed and leaf.id not in listed)
+        ood = OODConfig(share=0.0, shuffle=False, never_seen=hidden)
+        recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, ood=ood))
+        pipeline = Pipeline(examples, self.taxonomy, self.tokenizer, recipe, examples[0].split, self.automaton.ids)
         if pipeline.dropped:
-            raise ValueError(f"{sum(pipeline.dropped.values())} of {len(examples)} inputs do not fit this model: {dict(pipeline.dropped)}")
+            raise ValueError(f"inputs do not fit this model's prompt, by reason: {dict(pipeline.dropped)}; list fewer categories or shorten them")
         batch = pipeline.batch(0, len(examples))
         model, blocked_V = self.setup.model, jnp.asarray(never_sampled(self.tokenizer, self.recipe.model.text.vocab))
 

@@ -1,7 +1,6 @@
 """What a recipe trains on and is judged by: taxonomy, examples, tokenizer, automaton, prompts, sentence encoder and bank."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from pgjax import automaton as answers
 from pgjax.automaton import Automaton
 from pgjax.bank import Bank, build_bank, calibrate, load_bank
 from pgjax.config import Recipe
-from pgjax.conversation import load_prompts, messages
 from pgjax.data.build import build_dataset, read_dataset
 from pgjax.data.pipeline import Pipeline
 from pgjax.data.schema import Example
-from pgjax.data.toy import toy_examples
+from pgjax.data.toy import toy_examples, toy_texts
 from pgjax.models.sentence_encoder import Embedder, load_embedder
-from pgjax.taxonomy import Taxonomy, full_view, level_of, load_taxonomy, render_policy
+from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy
 from pgjax.tokenizer import train_byte_bpe
 
 
@@ -44,22 +42,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PGJAX_CACHE", Path.home() / ".cache" / "pgjax"))
 
 
-def corpus(examples: list[Example], taxonomy: Taxonomy, recipe: Recipe) -> Iterator[str]:
-    """Training prompts as text, from which a toy tokenizer learns its merges; never-seen categories occur in none of them."""
-    prompts, never = load_prompts(recipe.data.prompts), recipe.data.ood.never_seen
-    for example in examples:
-        if example.split != "train":
-            continue
-        policy = render_policy(taxonomy, full_view(taxonomy, level_of(example.modality), never), recipe.data.descriptions)
-        for message in messages(example, policy, prompts, recipe.answer.think_tag):
-            parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
-            yield from (part["text"] for part in parts if "text" in part)
-
-
 def make_tokenizer(recipe: Recipe, examples: list[Example], taxonomy: Taxonomy, folder: Path):
     """The checkpoint's tokenizer, or a byte-level BPE trained on the generated data; kept in the run folder."""
     if recipe.tokenizer_vocab:
-        tokenizer = train_byte_bpe(corpus(examples, taxonomy, recipe), recipe.tokenizer_vocab)
+        tokenizer = train_byte_bpe(toy_texts(examples, taxonomy, recipe), recipe.tokenizer_vocab)
     else:
         tokenizer = AutoTokenizer.from_pretrained(recipe.checkpoint)
     tokenizer.save_pretrained(folder)

@@ -26,7 +26,7 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; the schedule runs over `updates` optimiser steps."""
+    """AdamW behind a global-norm clip (0: none); the schedule runs over `updates` optimiser steps."""
     rate, warm = config.learning_rate, config.warmup_steps
     after = {
         "constant": lambda: optax.constant_schedule(rate),
@@ -35,7 +35,7 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
     }[config.schedule]()
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warm), after], [warm]) if warm else after
     adam = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adam)
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(), adam)
 
 
 def split_rows(tree, parts: int, index):

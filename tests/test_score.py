@@ -1,0 +1,156 @@
+"""Packing answers, and scoring them: what is packed, padded, repeated or chunked must not matter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_qwen import QUICK
+from tiny_recipe import G, P, R, batch, host_params, materials, setup
+
+from pgjax.generate.law import Law
+from pgjax.generate.score import Packed, pack, packed_width, per_answer, score
+from pgjax.grpo.programs import never_sampled, pack_values
+
+MODEL = setup().model
+LAW = Law(jnp.asarray(never_sampled(materials().tokenizer, MODEL.config.text.vocab)), materials().automaton, jnp.ones((1, 1), bool), R, 0.7)
+
+
+# --- packing ------------------------------------------------------------------------------------------------------------------
+
+p, g, r = 3, 4, 5
+lengths = st.lists(st.integers(0, r), min_size=p * g, max_size=p * g).map(lambda x: np.array(x, np.int32).reshape(p, g))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, st.integers(0, 1))
+def test_pack_round_trip(length_PG, wider):
+    tokens_PGR = np.arange(1, 1 + p * g * r, dtype=np.int32).reshape(p, g, r)
+    width = int(-(-length_PG.sum(1).max() // r) * r + wider * r) or r
+    packed = jax.tree.map(np.asarray, pack(jnp.asarray(tokens_PGR), jnp.asarray(tokens_PGR + 1000), jnp.asarray(length_PG), width))
+    for row in range(p):
+        expected = [(t, n, o) for n in range(g) for o, t in enumerate(tokens_PGR[row, n, : length_PG[row, n]])]
+        used = len(expected)
+        got = list(zip(packed.tokens_PQ[row], packed.sample_PQ[row], packed.offset_PQ[row], strict=True))
+        assert got[:used] == expected
+        assert all(slot == (0, -1, 0) for slot in got[used:])
+        assert (packed.state_PQ[row, :used] == packed.tokens_PQ[row, :used] + 1000).all() and (packed.state_PQ[row, used:] == 0).all()
+    inside = np.arange(r) < length_PG[..., None]
+    assert packed.block == r and packed.mask_PQ.sum() == inside.sum()
+    value_PQ = np.asarray(pack_values(jnp.asarray(tokens_PGR, jnp.float32), packed))
+    np.testing.assert_array_equal(value_PQ, packed.tokens_PQ)
+    np.testing.assert_allclose(per_answer(value_PQ, packed, g), (tokens_PGR * inside).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("longest", "buckets", "width"),
+    [(0, (), 512), (512, (), 512), (1, (100, 300), 128), (128, (100, 300), 128), (129, (100, 300), 320), (321, (100, 300), 512)],
+)
+def test_packed_width_is_the_smallest_bucket(longest, buckets, width):
+    """Buckets are rounded up to answers of 32 tokens; 16 whole answers always fit."""
+    assert packed_width(longest, 32, buckets, 16) == width
+
+
+# --- scoring ------------------------------------------------------------------------------------------------------------------
+
+
+def some_answers(seed: int = 0):
+    """Random answers, some of one token and some empty."""
+    rng = np.random.default_rng(seed)
+    tokens_PGR = rng.integers(0, 1000, (P, G, R)).astype(np.int32)
+    length_PG = rng.integers(1, R + 1, (P, G)).astype(np.int32)
+    length_PG[0, 1], length_PG[1], length_PG[2, 0], length_PG[3] = 0, 0, 1, [R, R, R, R]
+    return tokens_PGR, length_PG
+
+
+def packed_answers(tokens_PGR, length_PG, width: int) -> Packed:
+    return pack(jnp.asarray(tokens_PGR), jnp.zeros(tokens_PGR.shape, jnp.int32), jnp.asarray(length_PG), width)
+
+
+run = jax.jit(functools.partial(score, MODEL), static_argnames=("chunk", "entropy"), compiler_options=QUICK)
+values_and_grads = jax.jit(
+    jax.value_and_grad(
+        lambda params, prompts, packed, weight_PQ, chunk: (
+            (lambda logp, spread: (jnp.sum(weight_PQ * (logp + 0.3 * spread)), (logp, spread)))(
+                *score(MODEL, params, prompts, packed, LAW, chunk=chunk)
+            )
+        ),
+        has_aux=True,
+    ),
+    static_argnames="chunk",
+    compiler_options=QUICK,
+)
+
+
+def close_trees(ours, theirs, tolerance: float = 1e-5):
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * largest), ours, theirs)
+
+
+@functools.cache
+def reference():
+    """Values and gradients of the group, whole rows at a time."""
+    packed = packed_answers(*some_answers(), G * R)
+    weight_PQ = np.random.default_rng(5).normal(size=packed.tokens_PQ.shape).astype(np.float32)
+    (_, values), grads = values_and_grads(host_params(), batch()[0], packed, weight_PQ, chunk=1024)
+    return packed, weight_PQ, jax.tree.map(np.asarray, values), jax.tree.map(np.asarray, grads)
+
+
+def test_empty_slots_are_zero():
+    packed, _, (logp_PQ, entropy_PQ), grads = reference()
+    empty = np.asarray(packed.sample_PQ) < 0
+    assert empty.any() and (logp_PQ[empty] == 0).all() and (entropy_PQ[empty] == 0).all()
+    assert (logp_PQ[~empty] < 0).all() and (entropy_PQ[~empty] > 0).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert np.abs(grads["visual"]["patch_embed"]["proj"]["kernel"]).max() > 0
+
+
+def test_chunks_of_the_head_change_nothing():
+    packed, weight_PQ, values, grads = reference()
+    (_, chunked), chunked_grads = values_and_grads(host_params(), batch()[0], packed, weight_PQ, chunk=R)
+    close_trees(chunked, values, 1e-6)
+    close_trees(chunked_grads, grads)
+
+
+def test_a_group_equals_its_answers_one_by_one():
+    """Values and gradients with the prompt once are those with the prompt repeated for every answer."""
+    packed, weight_PQ, (logp_PQ, entropy_PQ), grads = reference()
+    tokens_PGR, length_PG = some_answers()
+    alone = packed_answers(tokens_PGR.reshape(-1, 1, R), length_PG.reshape(-1, 1), R)
+    used, sample, offset = (np.asarray(x) for x in (packed.sample_PQ >= 0, packed.sample_PQ, packed.offset_PQ))
+    at = np.nonzero(used)[0] * G + sample[used], offset[used]
+    weight_alone = np.zeros((P * G, R), np.float32)
+    weight_alone[at] = weight_PQ[used]
+    repeated = jax.tree.map(lambda x: np.repeat(x, G, axis=0), batch()[0])
+    (_, values), alone_grads = values_and_grads(host_params(), repeated, alone, weight_alone, chunk=1024)
+    np.testing.assert_allclose(np.asarray(values[0])[at], logp_PQ[used], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(values[1])[at], entropy_PQ[used], atol=1e-5)
+    close_trees(alone_grads, grads)
+
+
+def test_padding_changes_nothing():
+    """More prompt slots and packed slots with anything in them, more empty patches: the same logprobs."""
+    packed, _, (logp_PQ, entropy_PQ), _ = reference()
+    prompts, more, rng = batch()[0], 8, np.random.default_rng(2)
+    grow = lambda x, fill: np.concatenate([x, np.broadcast_to(fill, (P, more, *x.shape[2:])).astype(x.dtype)], axis=1)  # noqa: E731
+    noise = rng.integers(0, 1000, (P, more))
+    wide = dataclasses.replace(prompts, **{"tokens_PT": grow(prompts.tokens_PT, noise), "visual_PT": grow(prompts.visual_PT, 0)})
+    wide = wide.replace(position_PTX=grow(prompts.position_PTX, 77))
+    behind = np.arange(wide.tokens_PT.shape[1]) >= wide.length_P[:, None]
+    wide = wide.replace(tokens_PT=np.where(behind, 5, wide.tokens_PT), position_PTX=np.where(behind[..., None], 9, wide.position_PTX))
+    empty = wide.image_PI < 0
+    wide = wide.replace(patches_PIB=np.where(empty[..., None], 3.0, wide.patches_PIB).astype(np.float32))
+    junk = np.asarray(packed.sample_PQ) < 0
+    filled = packed.replace(tokens_PQ=jnp.where(junk, 7, packed.tokens_PQ), state_PQ=jnp.where(junk, 3, packed.state_PQ))
+    logp, entropy = run(host_params(), wide, filled, LAW)
+    np.testing.assert_allclose(logp, logp_PQ, atol=2e-6)
+    np.testing.assert_allclose(entropy, entropy_PQ, atol=2e-6)
+    tokens_PGR, length_PG = some_answers()
+    short_PG = np.minimum(length_PG, R // 2)  # fits half the slots: a smaller bucket
+    small, large = (run(host_params(), prompts, packed_answers(tokens_PGR, short_PG, width), LAW)[0] for width in (G * R // 2, G * R))
+    np.testing.assert_allclose(small, np.asarray(large)[:, : G * R // 2], atol=2e-6)
+    assert (np.asarray(large)[:, G * R // 2 :] == 0).all()

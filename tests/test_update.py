@@ -1,0 +1,197 @@
+"""The update: sums and counts make micro-batches and meshes agree, rows of weight zero count nowhere, the first ratio is 1."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_recipe import MESHES, ONE, G, P, R, batch, params, programs, setup, tiny_recipe
+
+from pgjax import automaton as answers
+from pgjax.config import LossConfig, OptimizerConfig
+from pgjax.generate.decode import Rollout
+from pgjax.grpo.programs import Experience, Judged
+from pgjax.parallel.mesh import place_rows
+from pgjax.train.update import TrainState, make_optimizer, split_rows, update
+
+RATE = 0.5
+SGD = optax.sgd(RATE)  # a step shows the gradient itself
+LOSS = LossConfig(kl_coef=0.05, kl_in_reward=0.01, agg_eps=0.0)
+
+
+def recipe(micro: int = P):
+    tiny = tiny_recipe()
+    return dataclasses.replace(tiny, grpo=dataclasses.replace(tiny.grpo, prompts=2 * P, mini_prompts=P, micro_prompts=micro, loss=LOSS))
+
+
+@functools.cache
+def program(mesh=ONE, micro: int = P):
+    return programs(mesh, recipe(micro), SGD)
+
+
+def material(change: bool = False):
+    """Prompts, gold, rollout, advantages and a bit of noise for the reference, numpy; `change` fills rows 0, 3 and 5 anew."""
+    rng = np.random.default_rng(0)
+    prompts, gold = batch(2 * P)
+    tokens_PGR = rng.integers(0, 1000, (2 * P, G, R)).astype(np.int32)
+    length_PG = rng.integers(1, R + 1, (2 * P, G)).astype(np.int32)
+    length_PG[1, 0] = 0
+    advantage_PG = rng.normal(size=(2 * P, G)).astype(np.float32)
+    noise_PQ = rng.normal(0, 0.3, (2 * P, G * R)).astype(np.float32)
+    if change:
+        at = [0, 3, 5]
+        tokens_PGR[at], length_PG[at], advantage_PG[at], noise_PQ[at] = 17, R, 1e6, 40.0
+        prompts = prompts.replace(tokens_PT=prompts.tokens_PT.copy(), length_P=prompts.length_P.copy())
+        prompts.tokens_PT[at], prompts.length_P[at] = 5, 0
+    zeros = np.zeros((2 * P, G, R), np.float32)
+    rollout = Rollout(tokens_PGR, zeros, zeros.astype(np.int32), length_PG, np.zeros((2 * P, G), np.int32))
+    return prompts, gold, rollout, advantage_PG, noise_PQ
+
+
+def experience(run, weights, mesh=ONE, weight_P=None, change: bool = False) -> Experience:
+    """Logprobs by the scoring program, the rest given."""
+    prompts, gold, rollout, advantage_PG, noise_PQ = place_rows(material(change), run.mesh)
+    packed = run.pack(rollout, G * R)
+    old_PQ = run.score(weights, prompts, packed, gold)
+    weight_P = np.ones(2 * P, np.float32) if weight_P is None else weight_P
+    outcome_PJ, weight_P = place_rows((answers.outcome_mask(None, np.asarray(gold.node_of_id_PK)), weight_P), run.mesh)
+    return Experience(prompts, packed, outcome_PJ, old_PQ, old_PQ + noise_PQ * packed.mask_PQ, advantage_PG, weight_P)
+
+
+@functools.cache
+def two_updates(mesh=ONE, micro: int = P, weight: bool = False, change: bool = False):
+    """Old logprobs, parameters after each of two mini-batches, and their metrics, as numpy."""
+    run = program(mesh, micro)
+    state, _ = setup(mesh).state(params(mesh), SGD)
+    weight_P = np.isin(np.arange(2 * P), [0, 3, 5], invert=True).astype(np.float32) if weight else None
+    given = experience(run, state.params, mesh, weight_P, change)
+    after, metrics = [], []
+    for index in range(2):
+        before = state
+        state, numbers = run.update(state, given, jnp.int32(index))
+        assert all(x.is_deleted() for x in jax.tree.leaves(before.params))  # donated: one copy of the state exists
+        after.append(jax.tree.map(np.asarray, state.params))
+        metrics.append({name: float(value) for name, value in numbers.items()})
+    assert int(state.updates) == 2
+    return np.array(given.old_PQ), after, metrics
+
+
+def close(ours, theirs, tolerance: float):
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), ours, theirs)
+
+
+def same_run(ours, theirs, tolerance: float):
+    (old, after, metrics), (old_1, after_1, metrics_1) = ours, theirs
+    np.testing.assert_allclose(old, old_1, atol=1e-5)
+    start = jax.tree.map(np.asarray, params())
+    gradient = lambda end: jax.tree.map(lambda a, b: (a - b) / RATE, start, end)  # noqa: E731
+    close(gradient(after[0]), gradient(after_1[0]), tolerance)
+    close(after[1], after_1[1], tolerance)
+    for got, expected in zip(metrics, metrics_1, strict=True):
+        assert got.keys() == expected.keys()
+        for name in got:
+            assert got[name] == pytest.approx(expected[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_every_mesh_gives_the_same_logprobs_gradients_and_losses(mesh):
+    same_run(two_updates(mesh), two_updates(), 1e-5)
+    assert abs(two_updates()[2][1]["actor/pg_loss"]) > 1e-3  # the second mini-batch's loss says something
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_micro_batches_add_up(micro):
+    same_run(two_updates(micro=micro), two_updates(), 1e-6)
+
+
+def test_the_ratio_is_one_on_the_first_mini_batch():
+    first, second = two_updates()[2]
+    assert abs(first["actor/ppo_kl"]) < 1e-6 and first["actor/pg_clipfrac"] == first["actor/pg_clipfrac_lower"] == 0
+    assert abs(second["actor/ppo_kl"]) > 1e-3 and second["actor/pg_clipfrac"] > 0
+    assert first["actor/kl_loss"] > 0.01 and first["actor/entropy"] > 1 and first["actor/grad_norm"] > 0.01
+
+
+def test_rows_of_weight_zero_count_nowhere():
+    """Neither in the update nor in the statistics, whatever stands in them, an empty prompt included."""
+    changed = two_updates(weight=True, change=True)
+    rows = [0, 3, 5]
+    assert np.abs(changed[0][rows] - two_updates(weight=True)[0][rows]).max() > 0.1
+    changed[0][rows] = two_updates(weight=True)[0][rows]  # their old logprobs may differ, nothing else
+    same_run(changed, two_updates(weight=True), 1e-6)
+    assert two_updates(weight=True)[2][1]["actor/pg_loss"] != two_updates()[2][1]["actor/pg_loss"]
+    stats = []
+    for change in (False, True):
+        run = program()
+        prompts, gold, rollout, reward_PG, noise_PQ = material(change)
+        gold = gold.replace(weight_P=np.isin(np.arange(2 * P), [0, 3, 5], invert=True).astype(np.float32))
+        prompts, gold, rollout, reward_PG, noise_PQ = place_rows((prompts, gold, rollout, reward_PG, noise_PQ), run.mesh)
+        packed = run.pack(rollout, G * R)
+        judged = Judged(None, reward_PG, {"format": reward_PG}, None, None)
+        made, numbers = run.experience(rollout, judged, prompts, gold, packed, noise_PQ * packed.mask_PQ, 0 * noise_PQ)
+        assert (np.asarray(made.advantage_PG)[[0, 3, 5]] == 0).all() and made.mask_PQ[0].sum() == 0
+        stats.append((np.asarray(made.advantage_PG), {k: float(v) for k, v in numbers.items() if k != "rollout/slot_waste"}))
+    np.testing.assert_array_equal(stats[0][0], stats[1][0])
+    assert stats[0][1] == stats[1][1] and stats[0][1]["critic/reward_std"] > 0.1
+
+
+def test_mini_batches_are_every_nth_row():
+    tree = {"a": jnp.arange(12).reshape(6, 2), "b": jnp.arange(6)}
+    parts = [split_rows(tree, 3, index) for index in range(3)]
+    assert [part["b"].tolist() for part in parts] == [[0, 3], [1, 4], [2, 5]] and parts[1]["a"].tolist() == [[2, 3], [8, 9]]
+    assert split_rows(tree, 1, 0) is tree
+
+
+def test_sums_and_counts_make_exact_means():
+    """Unequal micro-batches: the mean is over all tokens, not a mean of means; an empty batch changes nothing and stays finite."""
+    value, mask = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 1.0, 1.0, 0.0])
+
+    def loss_sum(params, micro):
+        value, mask = micro
+        total = jnp.sum(params["w"] * value * mask)
+        return total, {"mean": (total, mask.sum())}
+
+    start = TrainState(jnp.int32(0), {"w": jnp.float32(3.0)}, optax.sgd(1.0).init({"w": jnp.float32(3.0)}))
+    for parts in (1, 2, 4):
+        state, metrics = update(start, optax.sgd(1.0), loss_sum, (value, mask), mask.sum(), parts)
+        assert float(state.params["w"]) == 1.0 and float(metrics["mean"]) == 6.0 and float(metrics["actor/grad_norm"]) == 2.0
+        state, metrics = update(start, optax.sgd(1.0), loss_sum, (value, 0 * mask), 0 * mask.sum(), parts)
+        assert float(state.params["w"]) == 3.0 and float(metrics["mean"]) == 0.0
+
+
+# --- the optimiser ------------------------------------------------------------------------------------------------------------
+
+
+def rates(config: OptimizerConfig, updates: int, gradient: float = 1.0) -> list[float]:
+    """What each of `updates` steps takes from a parameter under a constant gradient: Adam makes it the learning rate."""
+    optimizer, w, seen = make_optimizer(config, updates), jnp.float32(0.0), []
+    state = optimizer.init(w)
+    for _ in range(updates):
+        step, state = optimizer.update(jnp.float32(gradient), state, w)
+        seen.append(-float(step))
+    return seen
+
+
+def test_schedules():
+    plain = dict(learning_rate=0.1, weight_decay=0.0)
+    n = np.arange(6)
+    np.testing.assert_allclose(rates(OptimizerConfig(**plain), 6), 0.1, rtol=1e-5)
+    np.testing.assert_allclose(rates(OptimizerConfig(**plain, schedule="linear"), 6), 0.1 * (1 - n / 6), rtol=1e-5)
+    np.testing.assert_allclose(rates(OptimizerConfig(**plain, schedule="cosine"), 6), 0.05 * (1 + np.cos(np.pi * n / 6)), rtol=1e-5)
+    warm = rates(OptimizerConfig(**plain, schedule="linear", warmup_steps=2), 6)
+    np.testing.assert_allclose(warm, [0, 0.05, 0.1, 0.075, 0.05, 0.025], rtol=1e-5, atol=1e-9)
+
+
+def test_gradients_are_clipped_by_their_global_norm_or_not_at_all():
+    tree = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    moment = {}
+    for clip in (1.0, 10.0, 0.0):
+        optimizer = make_optimizer(OptimizerConfig(grad_clip=clip, b1=0.0), 1)
+        _, state = optimizer.update(tree, optimizer.init(tree), tree)
+        moment[clip] = optax.tree_utils.tree_get(state, "mu")
+    assert float(moment[1.0]["a"][0]) == pytest.approx(0.6) and float(moment[1.0]["b"][0]) == pytest.approx(0.8)
+    for clip in (10.0, 0.0):  # 0: off
+        assert float(moment[clip]["a"][0]) == pytest.approx(3.0) and float(moment[clip]["b"][0]) == pytest.approx(4.0)

@@ -1,0 +1,112 @@
+"""The toy recipe shrunk until its programs compile in seconds, and what tests of the GRPO step share. Everything is made once."""
+
+import atexit
+import dataclasses
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import optax
+from tiny_qwen import QUICK
+
+from pgjax.automaton import Automaton
+from pgjax.config import AnswerConfig, GRPOConfig, LossConfig, MeshConfig, OODConfig, OptimizerConfig, Recipe, RolloutConfig, SFTConfig
+from pgjax.data.schema import Gold, PromptBatch
+from pgjax.grpo.programs import Judge, Programs
+from pgjax.parallel.mesh import make_mesh
+from pgjax.recipes import load_recipe, validate
+from pgjax.train.materials import Materials, make_materials
+from pgjax.train.setup import Setup, make_setup
+
+Mesh = tuple[int, int, int]
+ONE = (1, 1, 1)
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
+P, G, R = 8, 4, 32
+
+
+def tiny_recipe() -> Recipe:
+    toy = load_recipe("toy")
+    text = dataclasses.replace(toy.model.text, vocab=1040, width=32, layers=2, kv_heads=2, head_dim=8, mlp=64, mrope_section=(2, 1, 1))
+    vision = dataclasses.replace(toy.model.vision, width=32, mlp=64)
+    recipe = dataclasses.replace(
+        toy,
+        name="tiny",
+        model=dataclasses.replace(toy.model, text=text, vision=vision),
+        tokenizer_vocab=1024,  # the head has 16 rows more
+        data=dataclasses.replace(
+            toy.data, prompt_tokens=152, train_examples=96, eval_examples=24, ood=OODConfig(share=0.3, keep=(1, 2), never_seen=("C5", "C6"))
+        ),
+        answer=AnswerConfig(max_tokens=R),
+        rollout=RolloutConfig(group=G, packed_tokens=(2 * R, 3 * R, G * R)),
+        sft=SFTConfig(steps=2, prompts=P, answers=2),
+        grpo=GRPOConfig(
+            steps=3,
+            prompts=P,
+            mini_prompts=4,
+            micro_prompts=4,
+            loss=LossConfig(agg_eps=0.0),
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            validate_every=3,
+            validate_prompts=16,
+            checkpoint_every=2,
+        ),
+    )
+    return validate(recipe)
+
+
+@functools.cache
+def folder() -> Path:
+    path = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+@functools.cache
+def materials() -> Materials:
+    return make_materials(tiny_recipe(), folder())
+
+
+def stopping() -> Automaton:
+    """The automaton with every ninth token a stop token: an untrained model then gives answers of many lengths."""
+    automaton = materials().automaton
+    return automaton.replace(stop_V=automaton.stop_V | (np.arange(len(automaton.stop_V)) % 9 == 4))
+
+
+@functools.cache
+def setup(mesh: Mesh = ONE) -> Setup:
+    devices = jax.devices()[: int(np.prod(mesh))]
+    return make_setup(tiny_recipe().model, make_mesh(MeshConfig(*mesh), devices))
+
+
+@functools.cache
+def host_params() -> dict:
+    """Parameters as numpy, the embeddings louder than at birth and no bias zero, so that every token and position matters."""
+    rng = np.random.default_rng(7)
+
+    def louder(path: tuple, x: jax.Array) -> np.ndarray:
+        factor = 8 if "embed_tokens" in jax.tree_util.keystr(path) else 1
+        return factor * np.asarray(x) + rng.normal(0, 0.05, x.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(louder, setup().init(0))
+
+
+def params(mesh: Mesh = ONE) -> dict:
+    """The same numbers on every mesh."""
+    return jax.device_put(host_params(), setup(mesh).training)
+
+
+def programs(mesh: Mesh, recipe: Recipe, optimizer: optax.GradientTransformation, automaton: Automaton | None = None) -> Programs:
+    m = materials()
+    with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
+        return Programs(recipe, setup(mesh), optimizer, automaton or m.automaton, m.tokenizer, Judge(m.embedder, m.bank))
+
+
+def batch(rows: int = P) -> tuple[PromptBatch, Gold]:
+    """A training batch as numpy, with pictures in some rows and none in others."""
+    drawn = materials().train.batch(0, rows)
+    assert len(set(drawn.gold.modality_P.tolist())) == 3
+    return drawn.prompt, drawn.gold
