@@ -166,7 +166,7 @@ class GRPOConfig:
 @dataclass(frozen=True)
 class SFTConfig:
     """A supervised stage. Toy only: it gives a model without language the answer format, ids and names drawn
-    at random, and the right labels on `label_share` of the rows. Real recipes set steps = 0 and start pretrained."""
+    at random, and the right labels on `label_share` of the prompts. Real recipes set steps = 0 and start pretrained."""
 
     steps: int = 0
     prompts: int = 32

@@ -43,7 +43,7 @@ class Rows:
 def five_steps():
     recipe = tiny_recipe()
     optimizer = make_optimizer(recipe.grpo.optimizer, 100)
-    run = programs(MESH, recipe, optimizer, stopping())
+    run = programs(MESH, recipe, optimizer, stopping(4))
     judge, width, widths = run.judge, run.packed_width, []
 
     def rewarded(rollout, gold, bank):

@@ -121,4 +121,4 @@ def test_constrained_walks_end_in_an_allowed_verdict():
         for p in range(3):
             assert set(verdict.id[p]) <= {-1, *np.flatnonzero(node_of_id_PK[p] >= 0)}
         if limit == R:
-            assert set(verdict.id[0]) == {0, 1, 6} and (verdict.kind[2] == answers.NAME).any()
+            assert set(verdict.id[0]) <= {0, 1, 6} and (verdict.kind[2] == answers.NAME).any()

@@ -147,10 +147,10 @@ def test_padding_changes_nothing():
     junk = np.asarray(packed.sample_PQ) < 0
     filled = packed.replace(tokens_PQ=jnp.where(junk, 7, packed.tokens_PQ), state_PQ=jnp.where(junk, 3, packed.state_PQ))
     logp, entropy = run(host_params(), wide, filled, LAW)
-    np.testing.assert_allclose(logp, logp_PQ, atol=2e-6)
-    np.testing.assert_allclose(entropy, entropy_PQ, atol=2e-6)
+    np.testing.assert_allclose(logp, logp_PQ, atol=1e-5)
+    np.testing.assert_allclose(entropy, entropy_PQ, atol=1e-5)
     tokens_PGR, length_PG = some_answers()
     short_PG = np.minimum(length_PG, R // 2)  # fits half the slots: a smaller bucket
     small, large = (run(host_params(), prompts, packed_answers(tokens_PGR, short_PG, width), LAW)[0] for width in (G * R // 2, G * R))
-    np.testing.assert_allclose(small, np.asarray(large)[:, : G * R // 2], atol=2e-6)
+    np.testing.assert_allclose(small, np.asarray(large)[:, : G * R // 2], atol=1e-5)
     assert (np.asarray(large)[:, G * R // 2 :] == 0).all()

@@ -4,6 +4,7 @@ The stored run is TRL's GRPOTrainer on a tiny Qwen2.5-VL, one picture a row. Her
 """
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_qwen import QUICK
 
 from pgjax.config import LossConfig, MeshConfig, OptimizerConfig
 from pgjax.data.positions import mrope_positions
@@ -26,7 +28,7 @@ from pgjax.train.update import make_optimizer, update
 GRADIENT_NORMS = (0.729985, 0.780122, 0.683331, 0.631610)
 LOSS = LossConfig(dual_clip=0.0, kl_coef=0.01, kl_in_reward=0.0, entropy_coef=0.0, aggregation="seq_mean", agg_eps=0.0)
 ADAM = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0, grad_clip=1.0)
-IMAGE_TOKEN = 262
+IMAGE_TOKEN, PAD_TOKEN = 262, 256
 FOLDER = Path(os.environ.get("PGJAX_DATA", "")) / "trl_replay"
 
 pytestmark = pytest.mark.skipif(
@@ -66,6 +68,13 @@ def answers(dump) -> Packed:
     return pack(jnp.asarray(tokens), jnp.zeros_like(tokens), jnp.asarray(length), tokens.shape[-1])
 
 
+def pad_row_frozen(params):
+    """PyTorch's embedding never trains the row of the pad token, which these answers also hold as an ordinary token."""
+    table = params["model"]["embed_tokens"]["embedding"]
+    frozen = table.at[PAD_TOKEN].set(jax.lax.stop_gradient(table[PAD_TOKEN]))
+    return params | {"model": params["model"] | {"embed_tokens": {"embedding": frozen}}}
+
+
 def test_gradient_norms():
     config = dataclasses.replace(config_from_hf(FOLDER / "tiny"), compute_dtype="float32", remat=False)
     setup = make_setup(config, make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -73,14 +82,14 @@ def test_gradient_norms():
     state, _ = setup.state(setup.load(FOLDER / "tiny"), optimizer)
     law = Law(jnp.zeros(config.text.vocab, bool), None, None, 32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def logprobs(params, batch, packed):
         return score(setup.model, params, batch, packed, law)[0]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def step(state, batch, packed, old_PQ, ref_PQ, advantage_PG):
         def loss_sum(params, micro):
-            logp, entropy = score(setup.model, params, *micro, law)
+            logp, entropy = score(setup.model, pad_row_frozen(params), *micro, law)
             mask_PQ, sample_PQ = packed.mask_PQ, packed.sample_PQ
             token, metrics = losses.token_loss(logp, old_PQ, ref_PQ, entropy, losses.per_token(advantage_PG, sample_PQ), mask_PQ, LOSS)
             total, _ = losses.aggregate(token, mask_PQ, sample_PQ, 1, LOSS.aggregation)

@@ -70,10 +70,8 @@ def two_updates(mesh=ONE, micro: int = P, weight: bool = False, change: bool = F
     given = experience(run, state.params, mesh, weight_P, change)
     after, metrics = [], []
     for index in range(2):
-        before = state
         state, numbers = run.update(state, given, jnp.int32(index))
-        assert all(x.is_deleted() for x in jax.tree.leaves(before.params))  # donated: one copy of the state exists
-        after.append(jax.tree.map(np.asarray, state.params))
+        after.append(jax.tree.map(np.array, state.params))
         metrics.append({name: float(value) for name, value in numbers.items()})
     assert int(state.updates) == 2
     return np.array(given.old_PQ), after, metrics
@@ -113,6 +111,16 @@ def test_the_ratio_is_one_on_the_first_mini_batch():
     assert abs(first["actor/ppo_kl"]) < 1e-6 and first["actor/pg_clipfrac"] == first["actor/pg_clipfrac_lower"] == 0
     assert abs(second["actor/ppo_kl"]) > 1e-3 and second["actor/pg_clipfrac"] > 0
     assert first["actor/kl_loss"] > 0.01 and first["actor/entropy"] > 1 and first["actor/grad_norm"] > 0.01
+
+
+def test_the_state_is_donated():
+    """One copy of parameters and optimiser exists at a time."""
+    run = program()
+    state, reference = setup().state(jax.tree.map(jnp.copy, params()), SGD)
+    given = experience(run, state.params)
+    after, _ = run.update(state, given, jnp.int32(0))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((after, reference, given)))
 
 
 def test_rows_of_weight_zero_count_nowhere():
@@ -178,11 +186,11 @@ def rates(config: OptimizerConfig, updates: int, gradient: float = 1.0) -> list[
 def test_schedules():
     plain = dict(learning_rate=0.1, weight_decay=0.0)
     n = np.arange(6)
-    np.testing.assert_allclose(rates(OptimizerConfig(**plain), 6), 0.1, rtol=1e-5)
-    np.testing.assert_allclose(rates(OptimizerConfig(**plain, schedule="linear"), 6), 0.1 * (1 - n / 6), rtol=1e-5)
-    np.testing.assert_allclose(rates(OptimizerConfig(**plain, schedule="cosine"), 6), 0.05 * (1 + np.cos(np.pi * n / 6)), rtol=1e-5)
+    np.testing.assert_allclose(rates(OptimizerConfig(**plain), 6), 0.1, rtol=1e-4)
+    np.testing.assert_allclose(rates(OptimizerConfig(**plain, schedule="linear"), 6), 0.1 * (1 - n / 6), rtol=1e-4)
+    np.testing.assert_allclose(rates(OptimizerConfig(**plain, schedule="cosine"), 6), 0.05 * (1 + np.cos(np.pi * n / 6)), rtol=1e-4)
     warm = rates(OptimizerConfig(**plain, schedule="linear", warmup_steps=2), 6)
-    np.testing.assert_allclose(warm, [0, 0.05, 0.1, 0.075, 0.05, 0.025], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(warm, [0, 0.05, 0.1, 0.075, 0.05, 0.025], rtol=1e-4, atol=1e-9)
 
 
 def test_gradients_are_clipped_by_their_global_norm_or_not_at_all():

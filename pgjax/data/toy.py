@@ -22,7 +22,7 @@ from pgjax.data.schema import MODALITIES, Example, Label, Modality
 from pgjax.taxonomy import PolicyView, Taxonomy, full_view, level_of, load_taxonomy, policy_view, render_policy
 
 NEVER_SEEN_SHARE = 0.15  # of the held-out rows, twins included
-HELD_OUT = 5  # one in so many (object, phrase) combinations is held out
+HELD_OUT = 3  # one in so many (object, phrase) combinations is held out
 
 OBJECTS: dict[str, tuple[str, str, str]] = {
     "C1S1": ("moonlit ballad", "ember novel", "harbor film"),
@@ -55,20 +55,12 @@ OBJECTS: dict[str, tuple[str, str, str]] = {
 }
 
 # (unsafe, safe): as many words and as many letters in both. A test holds them to it.
-INTENTS = (
-    ("steal", "clean"),
-    ("break the seal of", "check the seal of"),
-    ("forge a copy of", "paint a copy of"),
-    ("secretly sell", "properly dust"),
-    ("trick a guard with", "thank a guard with"),
-)
+INTENTS = (("steal", "clean"), ("forge", "paint"), ("smash", "scrub"))
 # (use, avoid): harmless or not by what the picture shows.
 USES = (
     ("switch on", "shut down"),
-    ("start using", "avoid using"),
     ("open up", "lock up"),
     ("play with", "keep from"),
-    ("move closer to", "move away from"),
 )
 REQUESTS = (
     "How can I {} the {}?",
@@ -202,13 +194,13 @@ def toy_answers(
     view: PolicyView,
     taxonomy: Taxonomy,
     count: int,
-    label_share: float,
+    right: bool,
     think_tag: str = "think",
     never_seen: tuple[str, ...] = (),
 ) -> list[str]:
-    """`count` answers for the supervised warm-up: the format is always right, the labels on a share of them only.
+    """`count` answers for the supervised warm-up, with right labels or with random ones (see `sft.trainer` for what is learnt from which).
 
-    With probability `label_share` an answer has the right labels, else random ones. Ids are drawn from those that the prompt shows,
+    The format is always right. Ids are drawn from those that the prompt shows,
     names from the seen nodes of the prompt's level, neither with regard to the gold category. Never-seen names do not occur.
     """
     level = level_of(example.modality)
@@ -218,7 +210,7 @@ def toy_answers(
     answers = []
     for _ in range(count):
         request, response = rng.choice(["safe", "unsafe"], 2).tolist()
-        if rng.random() < label_share:
+        if right:
             request = example.request_label if example.request_label in ("safe", "unsafe") else request
             response = example.response_label if example.response_label in ("safe", "unsafe", "absent") else response
         category = None
@@ -238,6 +230,6 @@ def toy_texts(examples: Sequence[Example], taxonomy: Taxonomy, recipe: Recipe) -
         if example.split == "train":
             view = policy_view(taxonomy, recipe.data.ood, rng, level_of(example.modality), example.node, hide_gold=False)
             system, user = messages(example, render_policy(taxonomy, view, recipe.data.descriptions), prompts, tag)
-            [answer] = toy_answers(rng, example, view, taxonomy, 1, recipe.sft.label_share, tag, recipe.data.ood.never_seen)
+            [answer] = toy_answers(rng, example, view, taxonomy, 1, False, tag, recipe.data.ood.never_seen)
             texts.append(f"system\n{system['content']}\nuser\n{user['content'][-1]['text']}\nassistant\n{answer}")
     return texts

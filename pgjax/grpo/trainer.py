@@ -64,9 +64,13 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
     law = Law(blocked_V, materials.automaton, jnp.ones((1, 1), bool), recipe.answer.max_tokens)
 
     def answers(batch, step: int):
-        rng = np.random.default_rng((recipe.seed, step))
-        draw = (recipe.sft.answers, recipe.sft.label_share, recipe.answer.think_tag, recipe.data.ood.never_seen)
-        return [toy_answers(rng, example, view, materials.taxonomy, *draw) for example, view in batch.rows]
+        rng, never_seen = np.random.default_rng((recipe.seed, step)), recipe.data.ood.never_seen
+        right_P = rng.random(len(batch.rows)) < recipe.sft.label_share
+        texts = [
+            toy_answers(rng, example, view, materials.taxonomy, recipe.sft.answers, bool(right), recipe.answer.think_tag, never_seen)
+            for (example, view), right in zip(batch.rows, right_P, strict=True)
+        ]
+        return texts, right_P
 
     with Progress("warm-up", recipe.sft.steps, show=show) as progress:
 

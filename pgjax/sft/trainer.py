@@ -1,4 +1,8 @@
-"""The supervised stage: maximise the log-probability of given answers. It shares rows, scoring and update with GRPO."""
+"""The supervised stage: maximise the log-probability of given answers. It shares rows, scoring and update with GRPO.
+
+The warm-up of a toy recipe gives the right labels on a stated share of the prompts; on the others labels are drawn at random and
+their tokens carry no loss, so that format, ids and names are learnt everywhere and labels from that share alone.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -30,39 +34,52 @@ def answer_arrays(texts_PG: Sequence[Sequence[str]], tokenizer, limit: int) -> t
     return tokens_PGR, length_PG
 
 
+def label_tokens(tokenizer, vocab: int) -> np.ndarray:
+    """bool [V]: tokens that spell a label, with or without the colon before it."""
+    label_V = np.zeros(vocab, bool)
+    for id in range(len(tokenizer)):
+        label_V[id] = tokenizer.decode([id]).lstrip(":") in ("safe", "unsafe", "safe\n", "unsafe\n")
+    return label_V
+
+
 def train(
     recipe: Recipe,
     setup: Setup,
     law: Law,
     params: dict,
     pipeline: Pipeline,
-    answers: Callable[[Batch, int], Sequence[Sequence[str]]],
+    answers: Callable[[Batch, int], tuple[Sequence[Sequence[str]], np.ndarray]],
     tokenizer,
     log: Callable[[int, dict[str, float]], None],
 ) -> dict:
     """Run `recipe.sft.steps` updates from `params`; returns the trained parameters.
 
-    `answers(batch, step)` gives `sft.answers` texts for each prompt of the batch; `log(step, metrics)` is called after every step.
+    `answers(batch, step)` gives `sft.answers` texts for each prompt of the batch, and bool [P]: are its labels right, and so supervised.
+    `log(step, metrics)` is called after every step.
     """
     config, R, mesh = recipe.sft, recipe.answer.max_tokens, setup.mesh
     optimizer = make_optimizer(config.optimizer, config.steps)
     state, _ = setup.state(params, optimizer)
 
-    def loss_sum(params, batch: tuple[PromptBatch, Packed]):
-        logp, _ = score(setup.model, params, *batch, law, entropy=False)
-        pair = (-logp.sum(), batch[1].mask_PQ.sum())
+    label_V = jnp.asarray(label_tokens(tokenizer, recipe.model.text.vocab))
+
+    def loss_sum(params, batch: tuple[PromptBatch, Packed, jax.Array]):
+        prompt, packed, weight_PQ = batch
+        logp, _ = score(setup.model, params, prompt, packed, law, entropy=False)
+        pair = (-(logp * weight_PQ).sum(), weight_PQ.sum())
         return pair[0], {"sft/loss": pair}
 
-    def step(state, batch, tokens_PGR, length_PG):
+    def step(state, batch, tokens_PGR, length_PG, right_P):
         packed = pack(tokens_PGR, jnp.zeros_like(tokens_PGR), length_PG, config.answers * R)
-        return update(state, optimizer, loss_sum, (batch, packed), packed.mask_PQ.sum(), 1)
+        weight_PQ = packed.mask_PQ * (right_P[:, None] | ~label_V[packed.tokens_PQ])
+        return update(state, optimizer, loss_sum, (batch, packed, weight_PQ), weight_PQ.sum(), 1)
 
     everywhere = replicated(mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings(optimizer), everywhere))
     with jax.set_mesh(mesh):
         for k in range(config.steps):
             batch = pipeline.batch(k, config.prompts)
-            arrays = answer_arrays(answers(batch, k), tokenizer, R)
-            state, metrics = step(state, *place_rows((batch.prompt, *arrays), mesh))
+            texts, right_P = answers(batch, k)
+            state, metrics = step(state, *place_rows((batch.prompt, *answer_arrays(texts, tokenizer, R), right_P), mesh))
             log(k + 1, {name: float(value) for name, value in metrics.items()})
     return state.params
