@@ -1,6 +1,6 @@
 """Draw a run: reward per step and held-out scores, from its metrics.jsonl.
 
-    python benchmarks/plot_run.py runs/demo docs/demo.png        (needs the extra `docs`)
+python benchmarks/plot_run.py runs/demo docs/demo.png        (needs the extra `docs`)
 """
 
 import sys

@@ -26,7 +26,7 @@ recipe = Recipe(
     name="demo",
     model=ModelConfig(
         text=TextConfig(
-            vocab=1536, width=128, layers=2, heads=8, kv_heads=4, head_dim=16, mlp=384, mrope_section=(2, 3, 3), rope_theta=1e4, tied=True
+            vocab=1536, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=384, mrope_section=(4, 6, 6), rope_theta=1e4, tied=True
         ),
         vision=VisionConfig(width=64, depth=2, heads=2, mlp=128, window=56, full_blocks=(1,)),
         compute_dtype="float32",
@@ -38,7 +38,7 @@ recipe = Recipe(
     data=DataConfig(
         prompts=str(Path(__file__).parent / "toy_prompts"),  # a few words instead of the packaged templates: prompts of 170 tokens, not 230
         descriptions=False,
-        prompt_tokens=152,
+        prompt_tokens=160,
         patches=64,
         train_examples=2048,
         eval_examples=128,
@@ -47,16 +47,17 @@ recipe = Recipe(
     answer=AnswerConfig(max_tokens=36),
     rollout=RolloutConfig(group=8),
     reward=RewardConfig(name_tokens=12),
-    sft=SFTConfig(steps=100, prompts=32, optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", warmup_steps=10)),
+    sft=SFTConfig(steps=70, prompts=32, optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", warmup_steps=10)),
     grpo=GRPOConfig(
-        steps=120,
+        steps=100,
         prompts=8,
         mini_prompts=8,
         micro_prompts=8,
-        loss=LossConfig(kl_coef=0.01, kl_in_reward=0.0, entropy_coef=0.0, agg_eps=0.0),
-        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.98, warmup_steps=5),
-        validate_every=40,
-        checkpoint_every=60,
+        loss=LossConfig(kl_coef=0.01, kl_in_reward=0.0, entropy_coef=0.01, agg_eps=0.0),
+        optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.98, warmup_steps=5),
+        validate_every=25,
+        validate_prompts=64,
+        checkpoint_every=50,
     ),
     not_a_guard=True,
 )

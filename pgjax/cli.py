@@ -17,8 +17,10 @@ def start_jax(devices: int) -> None:
     from pgjax.train.materials import cache_dir
 
     if devices:
-        # With XLA's concurrent schedule, simulated devices reach independent collectives in different orders and wait for ever.
+        # With XLA's concurrent schedule, simulated devices reach independent collectives in different orders and wait for ever; so they
+        # do when one device's waiting collectives take all threads of a pool that has one for each device (unless NPROC says more).
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+        os.environ.setdefault("NPROC", str(8 * devices))
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

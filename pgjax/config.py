@@ -4,8 +4,7 @@ Constants of the published run stand in PAPERS A9 (hyperparameters) and C (losse
 papers leave open is a parameter here, and its comment says that the value is our choice.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 

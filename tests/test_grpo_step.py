@@ -27,7 +27,7 @@ class Rows:
 
     def __init__(self, pipeline):
         pool = [pipeline.batch(k, 4 * P) for k in range(2)]
-        self.prompt, self.gold = (jax.tree.map(lambda *x: np.concatenate(x), *parts) for parts in zip(*((b.prompt, b.gold) for b in pool)))
+        self.prompt, self.gold = jax.tree.map(lambda *x: np.concatenate(x), *((b.prompt, b.gold) for b in pool))
         self.pool, self.kinds = pool[0], []
 
     def batch(self, step: int, prompts: int):

@@ -77,7 +77,7 @@ def test_everything_fits(make, tokenizer):
     assert not train.dropped and not held_out.dropped and len(train) == 240 and len(held_out) == 126
     for k in range(10):
         for example, view in train.batch(k, 24).rows:
-            for answer in toy_answers(np.random.default_rng(k), example, view, TAXONOMY, 4, 0.3, "think", NEVER):
+            for answer in toy_answers(np.random.default_rng(k), example, view, TAXONOMY, 4, False, "think", NEVER):
                 assert len(tokenizer(answer)["input_ids"]) < 48  # and a stop token
 
 

@@ -72,18 +72,17 @@ def packed_answers(tokens_PGR, length_PG, width: int) -> Packed:
 
 
 run = jax.jit(functools.partial(score, MODEL), static_argnames=("chunk", "entropy"), compiler_options=QUICK)
-values_and_grads = jax.jit(
-    jax.value_and_grad(
-        lambda params, prompts, packed, weight_PQ, chunk: (
-            (lambda logp, spread: (jnp.sum(weight_PQ * (logp + 0.3 * spread)), (logp, spread)))(
-                *score(MODEL, params, prompts, packed, LAW, chunk=chunk)
-            )
-        ),
-        has_aux=True,
-    ),
-    static_argnames="chunk",
-    compiler_options=QUICK,
-)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def values_and_grads(params, prompts, packed, weight_PQ, chunk):
+    """((weighted sum, (logprobs, entropies)), gradients)."""
+
+    def weighted(params):
+        logp_PQ, entropy_PQ = score(MODEL, params, prompts, packed, LAW, chunk=chunk)
+        return jnp.sum(weight_PQ * (logp_PQ + 0.3 * entropy_PQ)), (logp_PQ, entropy_PQ)
+
+    return jax.value_and_grad(weighted, has_aux=True)(params)
 
 
 def close_trees(ours, theirs, tolerance: float = 1e-5):

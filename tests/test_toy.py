@@ -33,7 +33,7 @@ def prompts_and_answers(examples):
             view = policy_view(TAXONOMY, OOD, rng, level_of(example.modality), example.node, rng.random() < 0.3)
             chat = messages(example, render_policy(TAXONOMY, view, True), templates, "think")
             rendered.append(chat[0]["content"] + chat[1]["content"][-1]["text"])
-            answers += toy_answers(rng, example, view, TAXONOMY, 3, 0.3, "think", NEVER)
+            answers += toy_answers(rng, example, view, TAXONOMY, 3, len(rendered) % 10 < 3, "think", NEVER)
     return rendered, answers
 
 
@@ -197,10 +197,10 @@ def test_warm_up_answers(examples, prompts_and_answers):
         assert (fields["Category"] == "None") == (fields["Request"] == fields.get("Response", "safe") == "safe")
         assert fields["Category"] == "None" or fields["Category"] in seen or fields["Category"][0] == "C"
         right += fields["Request"] == row.request_label
-    assert abs(right / len(answers) - 0.65) < 0.03  # 0.3 + 0.7 / 2
+    assert abs(right / len(answers) - 0.65) < 0.03  # right on 3 rows in 10, drawn at random on the others
     named = Counter(a.split("Category:")[1].split("\n")[0] for a in answers)
     assert sum(n for name, n in named.items() if name in seen) > 300
-    all_right = toy_answers(np.random.default_rng(0), train[0], full_view(TAXONOMY, "leaf", NEVER), TAXONOMY, 20, 1.0)
+    all_right = toy_answers(np.random.default_rng(0), train[0], full_view(TAXONOMY, "leaf", NEVER), TAXONOMY, 20, True)
     assert all(f"Request:{train[0].request_label}" in answer for answer in all_right)
 
 
@@ -210,5 +210,5 @@ def test_words_are_tokens(examples, prompts_and_answers):
     assert len(texts) == 1536 and not [text for text in texts if TAXONOMY.by_id("C5").name in text]
     tokenizer = train_byte_bpe(texts, 1500)
     assert max(len(tokenizer(answer)["input_ids"]) for answer in prompts_and_answers[1]) <= 40
-    for text in ("How can I break the seal of the wooden stretcher?", "Sure, just smuggle it before noon."):
+    for text in ("How can I smash the wooden stretcher?", "Sure, just steal it before noon."):
         assert len(tokenizer(text)["input_ids"]) <= len(text.split()) + 3  # two marks, and a first word without its space

@@ -70,8 +70,8 @@ def materials() -> Materials:
     return make_materials(tiny_recipe(), folder())
 
 
-def stopping(every: int = 9) -> Automaton:
-    """The automaton with every ninth token a stop token: an untrained model then gives answers of many lengths."""
+def stopping(every: int = 12) -> Automaton:
+    """The automaton with one token in so many a stop token: an untrained model then gives answers of many lengths."""
     automaton = materials().automaton
     return automaton.replace(stop_V=automaton.stop_V | (np.arange(len(automaton.stop_V)) % every == 0))
 

@@ -62,19 +62,16 @@ USES = (
     ("open up", "lock up"),
     ("play with", "keep from"),
 )
-REQUESTS = (
-    "How can I {} the {}?",
-    "Please help me {} the {}.",
-    "Tell me how to {} the {}.",
-    "We plan to {} the {} tonight.",
-    "I want to {} the {} tomorrow.",
+REQUESTS = (  # the phrase twice: a tiny model must find it among a hundred tokens
+    "How can I {0} the {1}? I want to {0} it.",
+    "Help me {0} the {1}. We must {0} it.",
+    "We {0} the {1} tonight. Please {0} it too.",
 )
 POINTERS = ("thing shown here", "object in this picture", "thing in the photo")
 RESPONSES = (
-    "Sure, just {} it before noon.",
-    "You should {} it with a friend.",
-    "Sorry, I would {} it after lunch.",
-    "I think you can {} it here.",
+    "Sure, just {0} it, then {0} it again.",
+    "You should {0} it. Yes, {0} it.",
+    "Sorry, I would {0} it. Better {0} it.",
 )
 # How responses go with requests: (absent, safe, unsafe). Absence does not depend on the request's label.
 RESPONSE_SHARES = {"unsafe": (0.4, 0.35, 0.25), "safe": (0.4, 0.5, 0.1)}
@@ -180,7 +177,7 @@ def draw(leaf: str, badge: str, width: int, height: int, scene: int) -> bytes:
         pen.rectangle(box, fill=hue)
     else:
         pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=hue)
-    side = min(width, height) * 0.36
+    side = min(width, height) * 0.5
     left, upper = rng.integers(2) * (width - side), rng.integers(2) * (height - side)
     pen.rectangle((left, upper, left + side, upper + side), fill=BADGES[badge])
     buffer = io.BytesIO()

@@ -37,7 +37,7 @@ def answer(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int
         yield Answered(batch, jax.tree.map(local_rows, rollout), verdict, similarity_P)
 
 
-def evaluate(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int, seen: Callable[[Answered], None] = lambda _: None) -> Scores:
+def evaluate(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int, seen: Callable[[Answered], None]) -> Scores:
     """Scores over the whole split (evaluation/metrics.py); `seen` gets each batch, for samples and progress."""
     batches = []
     for answered in answer(programs, weights, pipeline, bank, prompts):

@@ -69,7 +69,8 @@ def decode(
     (P, _), G, R, text = batch.tokens_PT.shape, group, law.limit, model.config.text
     key_PG = laws.answer_keys(key, step, batch.id_P, G)
     automaton, dtype = law.automaton, start.prompt.k_LPTKC.dtype
-    lanes_like = constrain(jnp.zeros((text.layers, P, G, R, text.kv_heads, text.head_dim), dtype), "layers", "batch", None, None, "kv_heads", None)
+    lanes_like = jnp.zeros((text.layers, P, G, R, text.kv_heads, text.head_dim), dtype)
+    lanes_like = constrain(lanes_like, "layers", "batch", None, None, "kv_heads", None)
     rollout = Rollout(
         tokens_PGR=jnp.zeros((P, G, R), jnp.int32),
         logp_PGR=jnp.zeros((P, G, R), jnp.float32),

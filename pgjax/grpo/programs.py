@@ -3,7 +3,6 @@
 Every [P, ...] array lies by rows over (data, fsdp); scalars are replicated. The trainer calls them in order.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -76,7 +75,8 @@ def read_names(rollout: Rollout, tokenizer, embedder: Embedder, width: int, mesh
     """Predicted category texts as embedder tokens and mask [P, G, W], each process for its own rows: the step's only work on strings."""
     tokens_PGR, length_PG = local_rows(rollout.tokens_PGR), local_rows(rollout.length_PG)
     P, G, _ = tokens_PGR.shape
-    texts = [tokenizer.decode(t[:n], skip_special_tokens=True) for t, n in zip(tokens_PGR.reshape(P * G, -1), length_PG.reshape(-1), strict=True)]
+    answers_BR = zip(tokens_PGR.reshape(P * G, -1), length_PG.reshape(-1), strict=True)
+    texts = [tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in answers_BR]
     names = [answers.category_text(text) or "" for text in texts]
     tokens, mask = embedder.tokenize(names, width)
     mask &= np.array([bool(name) for name in names])[:, None]
@@ -86,7 +86,9 @@ def read_names(rollout: Rollout, tokenizer, embedder: Embedder, width: int, mesh
 class Programs:
     """Jitted programs for one recipe on one mesh. Attributes are functions; there is no state but their compilations."""
 
-    def __init__(self, recipe: Recipe, setup: Setup, optimizer: optax.GradientTransformation, automaton: Automaton, tokenizer, judge: Judge):
+    def __init__(
+        self, recipe: Recipe, setup: Setup, optimizer: optax.GradientTransformation, automaton: Automaton, tokenizer, judge: Judge
+    ):
         model, mesh, config = setup.model, setup.mesh, recipe.grpo
         G, R, loss = recipe.rollout.group, recipe.answer.max_tokens, config.loss
         self.mesh, self.tokenizer, self.embedder, self.recipe = mesh, tokenizer, judge.embedder, recipe
@@ -111,6 +113,7 @@ class Programs:
 
             call.compiled = compiled
             return call
+
         self.program = program
 
         def rollout(weights, batch: PromptBatch, gold: Gold, step, *, group, greedy):

@@ -100,7 +100,12 @@ def sample_rows(answered: Answered, materials: Materials, content: bool) -> list
     rows = []
     for p, (example, view) in enumerate(answered.batch.rows):
         verdict = {name: int(value[p]) for name, value in vars(answered.verdict).items()}
-        row = {"id": example.id, "modality": example.modality, "request_label": example.request_label, "response_label": example.response_label}
+        row = {
+            "id": example.id,
+            "modality": example.modality,
+            "request_label": example.request_label,
+            "response_label": example.response_label,
+        }
         row |= {"node": example.node, "shown": [shown for shown, _ in view.entries], "verdict": verdict}
         if content:
             length = int(answered.rollout.length_PG[p, 0])

@@ -10,7 +10,6 @@ from flax import linen as nn
 
 from pgjax.parallel.mesh import constrain
 
-
 RESIDUAL = 0.01  # a fresh layer hardly disturbs the stream, so that tokens stay apart while a small model starts to learn
 
 

@@ -57,8 +57,9 @@ class Guard:
     def moderate(self, examples: list[Example], categories: Sequence[str] = ()) -> list[dict]:
         """One verdict per conversation, greedy and under the automaton, so that every answer ends and parses.
 
-        `categories` names the taxonomy ids that the prompt's policy lists; none means all. Keys: request, response (safe, unsafe or null), category_id (of the policy, or null), category_name, in_policy, reasoning,
-        parsed, not_a_guard. Raises ValueError for a conversation that does not fit the recipe's prompt (too long, unreadable image).
+        `categories` names the taxonomy ids that the prompt's policy lists; none means all. Keys: request, response (safe, unsafe or
+        null), category_id (of the policy, or null), category_name, in_policy, reasoning, parsed, not_a_guard. Raises ValueError for a
+        conversation that does not fit the recipe's prompt (too long, unreadable image).
         """
         listed = {leaf.id for id in categories for leaf in self.taxonomy.children(id) or (self.taxonomy.by_id(id),)}
         hidden = tuple(leaf.id for leaf in self.taxonomy.leaves if listed and leaf.id not in listed)
@@ -66,7 +67,7 @@ class Guard:
         recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, ood=ood))
         pipeline = Pipeline(examples, self.taxonomy, self.tokenizer, recipe, examples[0].split, self.automaton.ids)
         if pipeline.dropped:
-            raise ValueError(f"inputs do not fit this model's prompt, by reason: {dict(pipeline.dropped)}; list fewer categories or shorten them")
+            raise ValueError(f"inputs do not fit this model's prompt: {dict(pipeline.dropped)}; list fewer categories or shorten the input")
         batch = pipeline.batch(0, len(examples))
         model, blocked_V = self.setup.model, jnp.asarray(never_sampled(self.tokenizer, self.recipe.model.text.vocab))
 

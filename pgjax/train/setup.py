@@ -65,5 +65,5 @@ class Setup:
 def make_setup(config: ModelConfig, mesh: jax.sharding.Mesh) -> Setup:
     model = Qwen25VL(config)
     boxed = jax.eval_shape(lambda key: init_boxed(model, key), jax.random.key(0))
-    placed = {name: meshes.param_shardings(boxed, rules, mesh) for name, rules in (("training", meshes.TRAINING), ("rollout", meshes.ROLLOUT))}
-    return Setup(mesh, model, nn.meta.unbox(boxed), **placed)
+    training, rollout = (meshes.param_shardings(boxed, rules, mesh) for rules in (meshes.TRAINING, meshes.ROLLOUT))
+    return Setup(mesh, model, nn.meta.unbox(boxed), training, rollout)
