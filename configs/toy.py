@@ -36,7 +36,7 @@ recipe = Recipe(
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
     devices=8,
     data=DataConfig(
-        prompts=str(Path(__file__).parent / "toy_prompts"),  # a few words instead of the packaged templates: prompts of 170 tokens, not 230
+        prompts=str(Path(__file__).parent / "toy_prompts"),  # a few words instead of the packaged templates: prompts of about 115 tokens, not 195
         descriptions=False,
         prompt_tokens=160,
         patches=64,
@@ -47,14 +47,14 @@ recipe = Recipe(
     answer=AnswerConfig(max_tokens=36),
     rollout=RolloutConfig(group=8),
     reward=RewardConfig(name_tokens=12),
-    sft=SFTConfig(steps=70, prompts=32, optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", warmup_steps=10)),
+    sft=SFTConfig(steps=50, prompts=32, optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", warmup_steps=10)),
     grpo=GRPOConfig(
         steps=100,
         prompts=8,
         mini_prompts=8,
         micro_prompts=8,
         loss=LossConfig(kl_coef=0.01, kl_in_reward=0.0, entropy_coef=0.01, agg_eps=0.0),
-        optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.98, warmup_steps=5),
+        optimizer=OptimizerConfig(learning_rate=3e-4, b2=0.98, warmup_steps=5),
         validate_every=25,
         validate_prompts=64,
         checkpoint_every=50,
