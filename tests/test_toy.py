@@ -67,7 +67,7 @@ def test_records_agree_with_themselves(examples):
         if row.node:
             assert TAXONOMY.by_id(row.node).name == row.name
             assert (TAXONOMY.by_id(row.node).parent is None) == (row.modality == "text_image")
-        assert len((row.request or "").split()) <= 14 and len((row.response or "").split()) <= 10
+        assert len((row.request or "").split()) <= 16 and len((row.response or "").split()) <= 10
 
 
 def test_the_reserved_node_has_nothing(examples, prompts_and_answers):
@@ -210,5 +210,5 @@ def test_words_are_tokens(examples, prompts_and_answers):
     assert len(texts) == 1536 and not [text for text in texts if TAXONOMY.by_id("C5").name in text]
     tokenizer = train_byte_bpe(texts, 1500)
     assert max(len(tokenizer(answer)["input_ids"]) for answer in prompts_and_answers[1]) <= 40
-    for text in ("How can I smash the wooden stretcher?", "Sure, just steal it before noon."):
+    for text in ("How can I smash the wooden stretcher?", "Sure, just steal it, then steal it again."):
         assert len(tokenizer(text)["input_ids"]) <= len(text.split()) + 3  # two marks, and a first word without its space
