@@ -211,4 +211,4 @@ def test_words_are_tokens(examples, prompts_and_answers):
     tokenizer = train_byte_bpe(texts, 1500)
     assert max(len(tokenizer(answer)["input_ids"]) for answer in prompts_and_answers[1]) <= 40
     for text in ("How can I smash the wooden stretcher?", "Sure, just steal it, then steal it again."):
-        assert len(tokenizer(text)["input_ids"]) <= len(text.split()) + 3  # two marks, and a first word without its space
+        assert len(tokenizer(text)["input_ids"]) <= len(text.split()) + 4  # three marks, and a first word without its space
