@@ -36,7 +36,7 @@ recipe = Recipe(
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),
     devices=8,
     data=DataConfig(
-        prompts=str(Path(__file__).parent / "toy_prompts"),  # a few words instead of the packaged templates: prompts of about 115 tokens, not 195
+        prompts=str(Path(__file__).parent / "toy_prompts"),  # a few words instead of the packaged templates, for shorter prompts
         descriptions=False,
         prompt_tokens=160,
         patches=64,
