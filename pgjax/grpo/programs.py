@@ -111,10 +111,7 @@ class Programs:
                 with jax.set_mesh(mesh):
                     return compiled(*args, **kwargs)
 
-            call.compiled = compiled
             return call
-
-        self.program = program
 
         def rollout(weights, batch: PromptBatch, gold: Gold, step, *, group, greedy):
             start = prefill(model, weights, batch, encode(model, weights, batch))
