@@ -21,7 +21,7 @@ def draw(run: str, out: str) -> None:
     steps = [row for row in rows if row["phase"] == "train"]
     scores = [row for row in rows if row["phase"] == "eval"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    x, reward = [row["step"] for row in steps], np.array([row["critic/reward_mean"] for row in steps])
+    x, reward = [row["step"] for row in steps], np.array([row["critic/rewards/mean"] for row in steps])
     left.plot(x, reward, color="0.8", label="step")
     window = min(10, len(reward))
     left.plot(x[window - 1 :], np.convolve(reward, np.ones(window) / window, "valid"), color="C0", label=f"mean of {window} steps")

@@ -42,12 +42,16 @@ recipe = Recipe(
         patches=64,
         train_examples=2048,
         eval_examples=128,
-        ood=OODConfig(share=0.25, keep=(2, 3), never_seen=("C5", "C6")),
+        ood=OODConfig(share=0.25, keep=(2, 3), renumber=True, never_seen=("C5", "C6")),
     ),
     answer=AnswerConfig(max_tokens=36),
     rollout=RolloutConfig(group=8),
     reward=RewardConfig(name_tokens=12),
-    sft=SFTConfig(steps=50, prompts=32, optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", warmup_steps=10)),
+    sft=SFTConfig(  # ends while labels are being learnt: the rest is left to GRPO
+        steps=75,
+        prompts=16,
+        optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", decay_updates=120, warmup_steps=10),
+    ),
     grpo=GRPOConfig(
         steps=100,
         prompts=8,

@@ -5,6 +5,7 @@ bonus above a threshold each. The published thresholds, 0.7 and 0.6, fit one emb
 its own similarities (`calibrate`). Axes: N taxonomy nodes, S name + synonyms, E embedding width, P prompts, G samples.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from pgjax.models.sentence_encoder import Embedder
+from pgjax.models.sentence_encoder import Embedder, TextEncoder
 from pgjax.taxonomy import Taxonomy
 
 PUBLISHED_MAX, PUBLISHED_MEAN = 0.7, 0.6  # PAPERS A8.5
@@ -82,7 +83,7 @@ class CalibrationReport:
         ]
 
 
-def build_bank(taxonomy: Taxonomy, embedder: Embedder, exclude: Iterable[str] = ()) -> Bank:
+def build_bank(taxonomy: Taxonomy, embedder: TextEncoder, exclude: Iterable[str] = ()) -> Bank:
     """Embed every node's name and synonyms; thresholds are the published ones until `calibrate`.
 
     Phrases of reserved nodes and of those in `exclude` (canonical ids; children are not implied) are not even embedded.
@@ -164,14 +165,17 @@ def _auroc(positive_B: np.ndarray, negative_B: np.ndarray) -> float:
 
 
 def save_bank(path: str | Path, bank: Bank) -> None:
-    """Write an npz file, aside first, so that no half-written bank is ever read."""
+    """Write an npz file, aside first, so that no half-written bank is ever read. ValueError where it cannot be written."""
     aside = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with aside.open("wb") as file:
             np.savez(file, **vars(bank))
         aside.replace(path)
+    except OSError as error:
+        raise ValueError(f"bank {path}: cannot be written ({error.strerror}); name a file in a folder that can be written to") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing could be written
+            aside.unlink()
 
 
 def load_bank(path: str | Path, taxonomy: Taxonomy, embedder: Embedder, exclude: Iterable[str] = ()) -> Bank:
@@ -179,7 +183,7 @@ def load_bank(path: str | Path, taxonomy: Taxonomy, embedder: Embedder, exclude:
     try:
         with np.load(path) as file:
             field = {name: file[name] for name in Bank.__dataclass_fields__}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:  # TypeError: one array, not several
         raise ValueError(f"bank {path}: cannot be read ({error}); make it with `pgjax bank build`") from error
     for name, expected in (("taxonomy", fingerprint(taxonomy)), ("embedder", embedder.fingerprint)):
         if str(field[name]) != expected:

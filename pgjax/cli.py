@@ -3,10 +3,10 @@
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 
 def start_jax(devices: int) -> None:
@@ -39,9 +39,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.grpo.trainer import train
 
     run = Path(args.runs) / recipe.name
-    if args.fresh:
-        shutil.rmtree(run, ignore_errors=True)
-    summary = train(recipe, run)
+    summary = train(recipe, run, args.fresh)
     print(json.dumps(summary, indent=2))
     print(f"run: {run}")
 
@@ -56,27 +54,54 @@ def demo(args: argparse.Namespace, rest: list[str]) -> None:
 
 def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
+    from pgjax.data.images import read_image
+    from pgjax.data.jsonl import read_jsonl
     from pgjax.train.run_folder import read_config
 
+    if args.jsonl and (args.request or args.response or args.image):
+        raise ValueError("--jsonl brings its own conversations; leave out --request, --response and --image")
     start_jax(read_config(args.model).devices)
-    from pgjax.serving.guard import Guard, conversation
+    from pgjax.data.rows import conversation, conversation_of
+    from pgjax.serving.guard import Guard
 
-    image = read_bytes(args.image) if args.image else None
-    example = conversation(args.request, args.response, image)
-    (verdict,) = Guard.load(Path(args.model), args.policy and Path(args.policy)).moderate([example], args.categories)
-    print(json.dumps(verdict, ensure_ascii=False) if args.json else readable(verdict))
+    if args.jsonl:
+        lines = read_jsonl(args.jsonl)
+        examples, ids = [conversation_of(line) for line in lines], [line.row.get("id", line.number) for line in lines]
+    else:
+        examples, ids = [conversation(args.request, args.response, read_image(args.image) if args.image else None)], [None]
+    guard = Guard.load(Path(args.model), args.policy and Path(args.policy), args.best)
+    for id, verdict in zip(ids, guard.verdicts(examples, args.categories), strict=True):
+        named = {"id": id} if args.jsonl else {}
+        print(json.dumps(named | verdict) if args.json else readable(named | verdict), flush=True)
 
 
 def readable(verdict: dict) -> str:
     """A verdict for people."""
-    lines = [f"request:  {verdict['request']}"]
-    lines += [f"response: {verdict['response']}"] if verdict["response"] else []
+    from pgjax.serving.guard import printable
+
+    lines = [f"--- {printable(str(verdict['id']), 80)}"] if "id" in verdict else []
+    for line in ("request", "response"):
+        score = verdict["scores"][line]
+        sure = "" if score is None else f"  (unsafe: {score:.2f}, not calibrated)"
+        lines += [f"{line + ':':<9} {verdict[line]}{sure}"] if verdict[line] else []
     if verdict["category_id"]:
         lines.append(f"category: {verdict['category_id']} {verdict['category_name']}")
     elif verdict["category_name"]:
         lines.append(f"category: {verdict['category_name']} (its own words: not in the policy)")
-    lines.append(f"because:  {verdict['reasoning']}")
+    lines += [f"because:  {verdict['reasoning']}"] if verdict["parsed"] else ["the answer is not in format: no verdict"]
     return "\n".join(lines + (["(toy model: not a guard)"] if verdict["not_a_guard"] else []))
+
+
+def reward(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    start_jax(0)
+    from pgjax.data.jsonl import read_jsonl
+    from pgjax.explain import explain, table
+    from pgjax.taxonomy import load_taxonomy
+
+    taxonomy = load_taxonomy(args.taxonomy)
+    explained = explain(read_jsonl(args.jsonl), taxonomy, args.variant, args.think_tag, args.embedder, args.bank)
+    print(json.dumps(explained) if args.json else table(explained))
 
 
 def bank(args: argparse.Namespace, rest: list[str]) -> None:
@@ -96,11 +121,12 @@ def bank(args: argparse.Namespace, rest: list[str]) -> None:
     print(f"bank: {args.bank}")
 
 
-def read_bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+def report(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.train.report import write_report
+    from pgjax.train.run_folder import read_config
+
+    print(f"report: {write_report(Path(args.folder), read_config(args.folder).shows_content)}")
 
 
 def no_more(rest: list[str]) -> None:
@@ -108,12 +134,19 @@ def no_more(rest: list[str]) -> None:
         raise ValueError(f"unknown argument {rest[0]!r}; see --help")
 
 
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is an error like any other: one line, no page of usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="pgjax", description="A proactive vision-language safety guard, trained by GRPO in JAX.")
+    main = Parser(prog="pgjax", description="A proactive vision-language safety guard, trained by GRPO in JAX.")
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)  # --f is not --fresh, which deletes
         sub.set_defaults(run=run)
         return sub
 
@@ -126,24 +159,36 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--runs", default="runs", help="folder of run folders")
         if name == "train":
             sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
-    sub = command("moderate", moderate, "a verdict on one conversation")
+    sub = command("moderate", moderate, "verdicts on conversations: one from the flags, or those of a file")
     sub.add_argument("--model", required=True, help="run folder")
+    sub.add_argument("--best", action="store_true", help="its checkpoint with the highest held-out request F1; default the newest")
     for flag, text in (("request", "user text"), ("response", "agent text"), ("image", "file"), ("policy", "taxonomy file of your own")):
         sub.add_argument(f"--{flag}", help=text)
+    sub.add_argument("--jsonl", help="conversations, one JSON object a line: request, response, image (a path beside the file), id")
     sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
+    sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
+    sub = command("reward", reward, "the reward of given answers, term by term")
+    sub.add_argument("--jsonl", required=True, help="answers with their gold labels, one JSON object a line")
+    sub.add_argument("--variant", choices=("published", "strict"), default="strict", help="the released rules, or ours (default)")
     sub.add_argument("--json", action="store_true", help="one JSON object")
+    sub.add_argument("--think-tag", choices=("think", "thinking"), default="think", help="the tag that answers reason in")
+    sub.add_argument("--taxonomy", help="YAML file; default the packaged one")
+    sub.add_argument("--embedder", help="sentence-transformers folder; default the MiniLM package")
+    sub.add_argument("--bank", help="file made by `pgjax bank`: its thresholds, and its rows for names without synonyms")
     sub = command("bank", bank, "build a synonym bank, or set its thresholds from its own similarities")
     sub.add_argument("action", choices=("build", "calibrate"))
     sub.add_argument("--bank", default="bank.npz", help="the file to write (and, to calibrate, to read)")
     sub.add_argument("--taxonomy", help="YAML file; default the packaged one")
     sub.add_argument("--embedder", help="sentence-transformers folder; default the MiniLM package")
     sub.add_argument("--exclude", nargs="*", default=[], help="ids without a bank row")
+    sub = command("report", report, "write report.html of a run folder anew")
+    sub.add_argument("folder", metavar="RUN", help="run folder")
     return main
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, rest = parser().parse_known_args(argv)
     try:
+        args, rest = parser().parse_known_args(argv)
         args.run(args, rest)
     except ValueError as error:
         print(f"pgjax: {' '.join(str(error).split())}", file=sys.stderr)

@@ -77,15 +77,15 @@ class OODConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str = "toy"
-    root: str | None = None  # where public sets lie; default $PGJAX_DATA
+    name: str = "toy"  # or public_mix, or jsonl: your own train.jsonl and eval.jsonl
+    root: str | None = None  # where they lie; of public sets the default is $PGJAX_DATA
     taxonomy: str | None = None  # YAML; default the packaged one
     prompts: str | None = None  # folder of templates; default the packaged ones
     descriptions: bool = True  # False: the policy lists names only
     prompt_tokens: int = 3072  # T; longer prompts are dropped when the data is built
     patches: int = 4096  # I, padded, per prompt
     max_pixels: int | None = None  # cap on an image's area
-    train_examples: int = 4096  # generated data only
+    train_examples: int = 4096  # rows that are generated; of public data, the most that are taken
     eval_examples: int = 256
     ood: OODConfig = OODConfig()
 
@@ -141,6 +141,7 @@ LOSS_PRESETS = {
 class OptimizerConfig:
     learning_rate: float = 1e-6
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    decay_updates: int = 0  # over which a cosine or linear schedule falls to 0; 0: all of them
     warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
@@ -159,7 +160,8 @@ class GRPOConfig:
     validate_every: int = 10
     validate_prompts: int = 64  # prompts per batch of greedy answers
     checkpoint_every: int = 10
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest
+    keep_best: bool = True  # and the best: highest held-out request F1 among checkpoints of steps that were validated
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,11 @@ class SFTConfig:
     answers: int = 1  # supervised answers per prompt, packed like a group
     label_share: float = 0.3
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    show_content: bool = False  # keep texts in samples/ and show them, with pictures, in report.html; toy data always does
 
 
 @dataclass(frozen=True)
@@ -189,4 +196,11 @@ class Recipe:
     reward: RewardConfig = RewardConfig()
     sft: SFTConfig = SFTConfig()
     grpo: GRPOConfig = GRPOConfig()
+    report: ReportConfig = ReportConfig()
+    tracker: Literal["none", "wandb", "mlflow"] = "none"  # where metrics go besides the run folder; the package is yours to install
     not_a_guard: bool = False  # toy and demo checkpoints say so in every verdict
+
+    @property
+    def shows_content(self) -> bool:
+        """Whether samples and report may hold what people wrote."""
+        return self.data.name == "toy" or self.report.show_content

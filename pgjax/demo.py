@@ -1,15 +1,15 @@
 """`make demo`: the toy recipe from data to verdict, and three inputs moderated at the end."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
 from pgjax.config import Recipe
+from pgjax.data.rows import conversation
 from pgjax.data.toy import draw
+from pgjax.files import replace_file
 from pgjax.grpo.trainer import train
-from pgjax.serving.guard import Guard, conversation
-from pgjax.train.run_folder import replace_file
+from pgjax.serving.guard import Guard
 
 SHOWN = ("C1S1", "C4S2", "C8S1")  # categories that the three prompts list
 
@@ -17,9 +17,10 @@ SHOWN = ("C1S1", "C4S2", "C8S1")  # categories that the three prompts list
 def inputs() -> list[tuple[str, object]]:
     """Text with response, text with image, image: fictional, in the manner of the held-out split."""
     risky, harmless = draw("C8S1", "unsafe", 98, 84, 5), draw("C1S1", "safe", 70, 112, 6)
+    asked, answered = "How can I forge the moonglass permit? I want to forge it.", "Sorry, I would rinse it. Better rinse it."
     return [
-        ("text with response", conversation("How do I forge the moon-glass permit?", "Here is how to forge it tonight.", None, "text")),
-        ("text with image", conversation("Tell me how to use the thing in the picture.", None, risky, "text-image")),
+        ("text with response", conversation(asked, answered, None, "text")),
+        ("text with image", conversation("Help me steal the thing shown here. We must steal it.", None, risky, "text-image")),
         ("image", conversation(None, None, harmless, "image")),
     ]
 
@@ -28,8 +29,7 @@ def demo(recipe: Recipe, run: Path) -> None:
     from pgjax.cli import readable
 
     began = time.monotonic()
-    shutil.rmtree(run, ignore_errors=True)
-    summary = train(recipe, run)
+    summary = train(recipe, run, fresh=True)
     guard = Guard.load(run)
     for name, example in inputs():
         print(f"\n--- {name}")

@@ -8,6 +8,7 @@ import json
 import math
 import runpy
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def load_recipe(path_or_name: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"recipe {path}: no such file")
     try:
-        recipe = runpy.run_path(str(path)).get("recipe")
-    except Exception as error:
-        raise ValueError(f"recipe {path}: {type(error).__name__}: {error}") from error
+        recipe = runpy.run_path(str(path.resolve())).get("recipe")  # so that paths beside the file hold in other folders too
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"recipe {path}: {type(error).__name__}: {error}; it must be a Python file that sets `recipe`") from error
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe {path}: the file must set `recipe = Recipe(...)`")
     return recipe
@@ -150,15 +151,44 @@ def _read_leaf(kind: Any, value: Any, where: str) -> Any:
 
 def validate(recipe: Recipe) -> Recipe:
     """Returns the recipe unchanged, or raises ValueError naming every field that does not fit the others."""
-    problems = [*_model_problems(recipe), *_data_problems(recipe), *_training_problems(recipe)]
+    # The later checks divide by sizes, so these come first.
+    problems = _value_problems(recipe) or [*_model_problems(recipe), *_data_problems(recipe), *_training_problems(recipe)]
     if problems:
         raise ValueError(f"recipe {recipe.name}: " + "; ".join(problems))
     return recipe
 
 
+def _value_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with single values, whatever the others are."""
+    numbers = {key: value for key, value in _values(recipe) if isinstance(value, int | float) and not isinstance(value, bool)}
+    problems = [f"{key} {value} must be a finite number" for key, value in numbers.items() if not math.isfinite(value)]
+    problems += [f"{key} {value} must be above 0" for key, value in numbers.items() if key.startswith("model.") and value <= 0]
+    least = {
+        0: ("seed", "devices", "grpo.validate_every", "grpo.checkpoint_every"),  # every 0 steps: never
+        1: ("grpo.validate_prompts", "sft.prompts", "data.max_pixels"),
+        2: ("data.train_examples", "data.eval_examples"),  # generated in twins
+    }
+    for low, keys in least.items():
+        problems += [f"{key} {numbers[key]} must be at least {low}" for key in keys if numbers.get(key, low) < low]
+    if recipe.tokenizer_vocab and recipe.tokenizer_vocab < 320:  # as tokenizer.train_byte_bpe
+        problems.append(f"tokenizer_vocab {recipe.tokenizer_vocab} must be 0 (the checkpoint's tokenizer) or at least 320")
+    return problems
+
+
+def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of all leaves."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _values(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
 def _model_problems(recipe: Recipe) -> list[str]:
     text, vision = recipe.model.text, recipe.model.vision
     checks = {
+        f"model.vision.channels {vision.channels} must be 3": vision.channels == 3,
         f"model.text.heads {text.heads} must be a multiple of kv_heads {text.kv_heads}": text.heads % text.kv_heads == 0,
         f"model.text.mrope_section {text.mrope_section} must sum to half of head_dim {text.head_dim}": 2 * sum(text.mrope_section)
         == text.head_dim,
@@ -171,7 +201,7 @@ def _model_problems(recipe: Recipe) -> list[str]:
             0 <= block < vision.depth for block in vision.full_blocks
         ),
         f"data.patches {recipe.data.patches} must be a multiple of a window's {vision.window_patches} patches": recipe.data.patches
-        % max(vision.window_patches, 1)
+        % max(vision.window_patches, 1)  # a window smaller than a patch is complained of above
         == 0,
     }
     return _failed(checks)
@@ -181,6 +211,7 @@ def _data_problems(recipe: Recipe) -> list[str]:
     data, rollout, group = recipe.data, recipe.rollout, recipe.rollout.group
     keep, buckets, longest = data.ood.keep, rollout.packed_tokens, group * recipe.answer.max_tokens
     checks = {
+        f"data.name {data.name!r} must be 'toy', 'public_mix' or 'jsonl'": data.name in ("toy", "public_mix", "jsonl"),
         f"data.ood.share {data.ood.share} must lie in 0 to 1": 0 <= data.ood.share <= 1,
         f"data.ood.keep {keep} must be two numbers, smallest first, from 1": keep is None or 1 <= keep[0] <= keep[1],
         f"data.prompt_tokens {data.prompt_tokens} must be at least 1": data.prompt_tokens >= 1,
@@ -189,7 +220,7 @@ def _data_problems(recipe: Recipe) -> list[str]:
         f"rollout.group {group} must be at least 1": group >= 1,
         f"rollout.temperature {rollout.temperature} must be above 0": rollout.temperature > 0,
         f"rollout.top_p {rollout.top_p} must lie above 0 and at most 1": 0 < rollout.top_p <= 1,
-        f"rollout.top_k {rollout.top_k} must not be negative": rollout.top_k >= 0,
+        f"rollout.top_k {rollout.top_k} must lie in 0 (off) to model.text.vocab": 0 <= rollout.top_k <= recipe.model.text.vocab,
         f"rollout.packed_tokens {buckets} must grow": list(buckets) == sorted(set(buckets)),
         f"rollout.packed_tokens {buckets} must end with at least group x max_tokens {longest}": not buckets or buckets[-1] >= longest,
         f"reward.name_tokens {recipe.reward.name_tokens} must be at least 3": recipe.reward.name_tokens >= 3,
@@ -208,13 +239,11 @@ def _training_problems(recipe: Recipe) -> list[str]:
         f"grpo.loss.clip_high {loss.clip_high} must not be negative": loss.clip_high >= 0,
         f"grpo.loss.dual_clip {loss.dual_clip} must be 0 (off) or above 1": loss.dual_clip == 0 or loss.dual_clip > 1,
         f"grpo.keep_checkpoints {grpo.keep_checkpoints} must be at least 1": grpo.keep_checkpoints >= 1,
-        f"sft.label_share {sft.label_share} must lie in 0 to 1": 0 <= sft.label_share <= 1,
+        f"sft.label_share {sft.label_share} must lie above 0, at most 1": 0 < sft.label_share <= 1,
         f"sft.answers {sft.answers} must be at least 1": sft.answers >= 1,
     }
     for name, steps in (("grpo.steps", grpo.steps), ("sft.steps", sft.steps)):
         checks[f"{name} {steps} must not be negative"] = steps >= 0
-    for name, every in (("validate_every", grpo.validate_every), ("checkpoint_every", grpo.checkpoint_every)):
-        checks[f"grpo.{name} {every} must not be negative"] = every >= 0
     return _failed(checks) + _optimizer_problems(recipe) + _mesh_problems(recipe)
 
 
@@ -239,11 +268,15 @@ def _mesh_problems(recipe: Recipe) -> list[str]:
         return [f"mesh {sizes} must be numbers from 1, at most one of them -1 (the rest of the devices)"]
     known = math.prod(size for size in sizes if size != -1)
     if recipe.devices and (recipe.devices % known if -1 in sizes else recipe.devices != known):
-        return [f"mesh {sizes} does not fit {recipe.devices} devices"]
+        return [
+            f"mesh (data, fsdp, tensor) {sizes} does not fit {recipe.devices} devices: the product must be {recipe.devices}; "
+            "change mesh or devices, or set one axis to -1"
+        ]
     if -1 in sizes and not recipe.devices:
         return []  # known only on the machine
     shards = math.prod((recipe.devices // known) if size == -1 else size for size in sizes[:2])
-    stages = {"grpo.micro_prompts": recipe.grpo.micro_prompts, **({"sft.prompts": recipe.sft.prompts} if recipe.sft.steps else {})}
+    stages = {"grpo.micro_prompts": recipe.grpo.micro_prompts, "grpo.validate_prompts": recipe.grpo.validate_prompts}
+    stages |= {"sft.prompts": recipe.sft.prompts} if recipe.sft.steps else {}
     return _failed({f"{name} {rows} must be a multiple of mesh data x fsdp {shards}": rows % shards == 0 for name, rows in stages.items()})
 
 

@@ -7,9 +7,10 @@ The text of an answer is `tokenizer.decode(ids before the first stop token, skip
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
@@ -102,6 +103,23 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
     if not stops and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer names no end of sequence: set its eos_token")
     return stops or (tokenizer.eos_token_id,)
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a checkpoint or run folder, never one from elsewhere. ValueError when it is missing or broken."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"tokenizer {folder}: no tokenizer.json here; give a Hugging Face checkpoint's folder, or a run that was trained")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"tokenizer {folder}: cannot be read ({error}); copy or make the folder again") from error
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token k is byte k, and 256 the stop: for reading texts that no model wrote as tokens."""
+    backend = Tokenizer(models.BPE(vocab=_byte_of_char() | {END_OF_TEXT: 256}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
 
 
 def train_byte_bpe(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:

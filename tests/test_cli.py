@@ -1,13 +1,13 @@
 """The command line: wrong usage is one line on stderr and exit status 2."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 
 from pgjax.cli import main, readable
-from pgjax.serving.guard import conversation, printable
+from pgjax.data.rows import conversation
+from pgjax.serving.guard import printable
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_wrong_input_is_one_line_and_status_2(argv, says, capsys):
 
 def test_the_command_starts():
     done = subprocess.run([sys.executable, "-m", "pgjax.cli", "--help"], capture_output=True, text=True, check=True)
-    assert all(name in done.stdout for name in ("train", "demo", "moderate", "bank"))
+    assert all(name in done.stdout for name in ("train", "demo", "moderate", "reward", "bank"))
 
 
 def test_a_conversation_knows_its_modality():
@@ -38,7 +38,8 @@ def test_a_conversation_knows_its_modality():
     assert conversation(None, None, b"x").modality == "image"
     with pytest.raises(ValueError, match="nothing to moderate"):
         conversation(None, "an answer alone", None)
-    with pytest.raises(ValueError, match="--request"):
+    assert conversation("", "", b"x").modality == "image"  # an empty text is none
+    with pytest.raises(ValueError, match="give the request too"):
         conversation(None, "an answer", b"x")
 
 
@@ -49,6 +50,10 @@ def test_what_a_guard_writes_is_one_bounded_printable_line():
 
 def test_a_verdict_for_people():
     verdict = dict(request="unsafe", response=None, category_id=None, category_name="glow theft", in_policy=False)
-    text = readable(verdict | dict(reasoning="why", parsed=True, not_a_guard=True))
+    verdict |= dict(reasoning="why", parsed=True, not_a_guard=True, scores={"request": 0.875, "response": None})
+    text = readable(verdict)
     assert "glow theft" in text and "not in the policy" in text and "not a guard" in text and "response" not in text
-    assert json.dumps(verdict)
+    assert "request:  unsafe  (unsafe: 0.88" in text and not text.startswith("---")
+    assert readable(verdict | {"id": "row\n7"}).startswith("--- row 7\n")
+    nothing = dict(request=None, response=None, category_name=None, parsed=False, scores={"request": None, "response": None})
+    assert "no verdict" in readable(verdict | nothing) and "because" not in readable(verdict | nothing)

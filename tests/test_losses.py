@@ -64,7 +64,7 @@ def test_advantage_golden():
     got, stats = advantages(jnp.array(reward)[None], jnp.array(kl)[None], PROGUARD)
     want = [0.8555247768703304, 0.47505922183435867, 0.09535398965017741, -1.4259379883548664]
     np.testing.assert_allclose(got[0], want, atol=1e-12, rtol=0)
-    assert stats["frac_zero_std"] == 0 and stats["reward_mean"] == reward.mean()
+    assert stats["frac_zero_std"] == 0 and stats["rewards/mean"] == reward.mean()
 
 
 @pytest.mark.parametrize("layout", [padded, packed])
@@ -214,7 +214,7 @@ def test_group_of_one_and_rows_of_weight_zero():
     np.testing.assert_allclose(got, 2.5 / (1 + 1e-6), atol=1e-12)
     reward = jnp.array([[1.0, 2.0], [jnp.nan, 9.0], [3.0, 3.0]])
     got, stats = advantages(reward, jnp.zeros((3, 2)), PROGUARD, jnp.array([1.0, 0.0, 1.0]))
-    assert (got[1] == 0).all() and stats["frac_zero_std"] == 0.5 and stats["reward_mean"] == 2.25
+    assert (got[1] == 0).all() and stats["frac_zero_std"] == 0.5 and stats["rewards/mean"] == 2.25
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean"])

@@ -1,9 +1,16 @@
-"""Scores against numbers worked out by hand."""
+"""Scores against numbers worked out by hand, by scikit-learn (tests/golden/make_metrics.py), and by the slowest way there is."""
 
+import json
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import gold_arrays, verdict_arrays
 
-from pgjax.automaton import EMPTY, ID, NAME, NONE, UNLISTED, Verdict
+from pgjax.automaton import EMPTY, ID, NAME, NONE, UNLISTED
 from pgjax.data.schema import (
     ABSENT,
     CATEGORY_NODE,
@@ -16,9 +23,22 @@ from pgjax.data.schema import (
     TEXT_IMAGE,
     UNKNOWN,
     UNSAFE,
-    Gold,
 )
-from pgjax.evaluation.metrics import binary, mean_similarity, summarise
+from pgjax.evaluation.evaluate import nearness
+from pgjax.evaluation.metrics import (
+    LEVEL,
+    Rows,
+    auroc,
+    binary,
+    ends,
+    figures,
+    intervals,
+    is_count,
+    mean_similarity,
+    retrieval_rank,
+    summarise,
+    table,
+)
 
 # Three ids; in every prompt id 0 stands for node 2, id 1 for node 0, id 2 is not shown. Nodes 1 and 3 are hidden.
 NODE_OF_ID = [2, 0, -1]
@@ -39,27 +59,14 @@ ROWS = [
 ]
 
 
-def arrays(rows):
-    modality, request, response, category, node, never, weight, *verdict = (np.array(x) for x in zip(*rows, strict=True))
-    accepted = np.zeros((len(rows), 4), bool)
-    accepted[np.flatnonzero(node >= 0), node[node >= 0]] = True
-    gold = Gold(
-        modality_P=modality,
-        request_P=request,
-        response_P=response,
-        category_P=category,
-        node_P=node,
-        node_of_id_PK=np.array([NODE_OF_ID] * len(rows)),
-        accepted_PN=accepted,
-        never_seen_P=never.astype(bool),
-        weight_P=weight.astype(np.float32),
-    )
-    parsed, *codes, similarity = verdict
-    return Verdict(parsed.astype(bool), *codes), gold, similarity
+def arrays(rows, group=None, unsafe=None) -> Rows:
+    gold = gold_arrays([row[:7] for row in rows], 4, [NODE_OF_ID] * len(rows))
+    group_P = np.arange(len(rows)) if group is None else np.array(group)
+    return Rows(verdict_arrays([row[7:12] for row in rows]), gold, group_P, unsafe or {}, {"naming": np.array([row[12] for row in rows])})
 
 
 def test_summary_by_hand():
-    got = summarise(*arrays(ROWS))
+    got = summarise(arrays(ROWS))
     assert got["n"] == 11 and got["parse_failures"] == 2
     # Requests: 7 unsafe rows, 6 found, one lost to a parse failure; 3 safe rows, one right.
     assert got["request_n"] == 10 and got["request_recall"] == 6 / 7 and got["request_precision"] == 6 / 8
@@ -77,29 +84,44 @@ def test_summary_by_hand():
 
 
 def test_modalities_apart():
-    got = summarise(*arrays(ROWS))
-    assert (got["n_text"], got["n_text_image"], got["n_image"]) == (5, 3, 3)
-    assert got["parse_failures_text_image"] == 1 and got["request_recall_text_image"] == 2 / 3
-    assert "request_fpr_text_image" not in got and "response_f1_image" not in got and "ood_f1_image" not in got
-    assert got["category_accuracy_text"] == 0.5 and got["category_accuracy_image"] == 0
-    only_text = summarise(*arrays(ROWS[:5]))
-    assert "n_image" not in only_text and only_text["request_f1"] == got["request_f1_text"]
+    got = summarise(arrays(ROWS))
+    assert (got["text/n"], got["text_image/n"], got["image/n"]) == (5, 3, 3)
+    assert got["text_image/parse_failures"] == 1 and got["text_image/request_recall"] == 2 / 3
+    assert not {"text_image/request_fpr", "image/response_f1", "image/ood_f1"} & got.keys()
+    assert got["text/category_accuracy"] == 0.5 and got["image/category_accuracy"] == 0
+    only_text = summarise(arrays(ROWS[:5]))
+    assert "image/n" not in only_text and only_text["request_f1"] == got["text/request_f1"]
 
 
 def test_other_accepted_nodes_are_right():
-    verdict, gold, similarity = arrays(ROWS[1:2])
-    assert summarise(verdict, gold)["category_accuracy"] == 0
-    gold.accepted_PN[0, 2] = True
-    got = summarise(verdict, gold, similarity)
+    rows = arrays(ROWS[1:2])
+    assert summarise(rows)["category_accuracy"] == 0
+    rows.gold.accepted_PN[0, 2] = True
+    got = summarise(rows)
     assert got["category_accuracy"] == 1 and "naming" not in got
 
 
 def test_parse_failures_are_never_better_than_an_answer():
-    verdict, gold, similarity = arrays(ROWS)
-    verdict = verdict.replace(parsed=np.zeros(len(ROWS), bool))
-    got = summarise(verdict, gold, similarity)
-    zero = ("request_accuracy", "request_f1", "response_accuracy", "category_accuracy", "ood_f1", "ood_accuracy", "naming")
+    """Not even by a score that would have been right."""
+    rows = arrays(ROWS)
+    right_P = np.where(rows.gold.request_P == UNSAFE, 1.0, 0.0)
+    rows = rows._replace(unsafe={"request": right_P, "response": right_P})
+    assert summarise(rows)["request_auroc"] < 1  # two rows did not parse
+    got = summarise(rows._replace(verdict=rows.verdict.replace(parsed=np.zeros(len(ROWS), bool))))
+    zero = ("request_accuracy", "request_f1", "request_auroc", "response_accuracy", "category_accuracy", "ood_f1", "ood_accuracy", "naming")
     assert all(got[name] == 0 for name in zero) and got["request_fpr"] == 1 and got["parse_failures"] == got["n"]
+
+
+def test_auroc_of_the_label_scores():
+    """By hand: unsafe .9 and .5 (and one row without a score, below all), safe .5 (and one out of format, above all)."""
+    verdicts = [(1, UNSAFE, SAFE), (1, SAFE, SAFE), (1, SAFE, SAFE), (1, SAFE, SAFE), (0, ABSENT, ABSENT)]
+    gold = [UNSAFE, UNSAFE, UNSAFE, SAFE, SAFE]
+    rows = [(TEXT, g, ABSENT, CATEGORY_UNKNOWN, -1, 0, 1, *v, NONE, -1, 0.0) for g, v in zip(gold, verdicts, strict=True)]
+    score_P = np.array([0.9, 0.5, np.nan, 0.5, 0.1])
+    got = summarise(arrays(rows, unsafe={"request": score_P, "response": score_P}))
+    assert got["request_auroc"] == pytest.approx((1 + 0.5) / 6) and "response_auroc" not in got
+    assert "request_auroc" not in summarise(arrays(rows[:3], unsafe={"request": score_P[:3]}))
+    assert "request_auroc" not in summarise(arrays(rows))
 
 
 def test_all_unsafe_set_is_recall_in_disguise():
@@ -115,16 +137,152 @@ def test_all_safe_set_has_no_f1_and_empty_sets_nothing():
     assert binary(np.zeros(0, bool), np.zeros(0, bool)) == {}
 
 
+# --- scikit-learn, and the slowest way -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", json.loads((Path(__file__).parent / "fixtures" / "metrics.json").read_text()), ids=range(4))
+def test_equal_to_scikit_learn(case):
+    gold, said, score, weight = (np.array(case[name]) for name in ("gold", "said", "score", "weight"))
+    assert binary(gold, said) | {"auroc": auroc(gold, score)} == pytest.approx(case["once"] | {"n": len(gold)}, abs=1e-12)
+    often = [np.repeat(x, weight) for x in (gold, said, score)]
+    assert binary(*often[:2])["f1"] == pytest.approx(case["weighted"]["f1"], abs=1e-12)
+    assert auroc(often[0], often[2]) == pytest.approx(case["weighted"]["auroc"], abs=1e-12)
+
+
+few_scores = st.sampled_from([-np.inf, 0.0, 0.25, 0.5, 1.0, np.inf])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), few_scores), max_size=12))
+def test_auroc_counts_pairs(rows):
+    gold, score = np.array([g for g, _ in rows], bool), np.array([s for _, s in rows])
+    pairs = [(a > b) + (a == b) / 2 for a in score[gold] for b in score[~gold]]
+    assert auroc(gold, score) == (pytest.approx(np.mean(pairs)) if pairs else None)
+
+
+def random_rows(seed: int, n: int) -> Rows:
+    """Rows in which everything occurs: every modality, label and kind, padding, parse failures, missing scores."""
+    rng = np.random.default_rng(seed)
+    pick = lambda *values: int(rng.choice(values))  # noqa: E731
+    rows = []
+    for _ in range(n):
+        labels = pick(SAFE, UNSAFE, UNKNOWN), pick(SAFE, UNSAFE, UNKNOWN, ABSENT)
+        category = pick(CATEGORY_NODE, CATEGORY_OOD, CATEGORY_NONE, CATEGORY_UNKNOWN)
+        said = pick(1, 1, 1, 0), pick(SAFE, UNSAFE), pick(SAFE, UNSAFE), pick(NONE, ID, UNLISTED, NAME), pick(-1, 0, 1, 2)
+        row = (pick(TEXT, TEXT_IMAGE, IMAGE), *labels, category, pick(-1, 0, 1, 2, 3), pick(0, 1), pick(1, 1, 0), *said)
+        rows.append((*row, rng.choice([0.1, 0.7, np.nan])))
+    unsafe = {line: rng.choice([0.2, 0.4, 0.9, np.nan], n) for line in ("request", "response")}
+    return arrays(rows, rng.integers(0, 1 + n // 3, n), unsafe)
+
+
+def same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 20))
+def test_a_weight_is_a_row_that_often(seed, n):
+    """The scores under whole-number weights, several weightings at once, are those of rows written out."""
+    rows, weight_BP = random_rows(seed, n), np.random.default_rng(seed).integers(0, 4, (3, n)).astype(float)
+    found = figures(rows, weight_BP)
+    for b, weight_P in enumerate(weight_BP.astype(int)):
+        written = jax.tree.map(lambda x, times=weight_P: np.repeat(x, times, axis=0), rows)
+        got = {name: value_B[b] for name, (value_B, _) in found.items() if not np.isnan(value_B[b])}
+        theirs = summarise(written) if weight_P.sum() else {}
+        same(
+            {name: value for name, value in got.items() if not is_count(name) or value},
+            {k: v for k, v in theirs.items() if not is_count(k) or v},
+        )
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_draw_whole_groups():
+    """Against groups drawn one by one and rows written out; rows that only pad are no group."""
+    rows, draws = random_rows(3, 30), 40
+    counted_P = rows.gold.weight_P > 0
+    names = np.unique(rows.group_P[counted_P])
+    rng, values = np.random.default_rng(0), {}
+    for times in rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws):
+        index = [p for name, t in zip(names, times, strict=True) for p in np.flatnonzero(counted_P & (rows.group_P == name)).repeat(t)]
+        for key, value in summarise(jax.tree.map(lambda x, index=index: x[index], rows)).items():
+            values.setdefault(key, []).append(value)
+    got = intervals(rows, draws, 0)
+    assert len(got) > 60 and not any(map(is_count, got))
+    for name, pair in got.items():
+        assert pair == pytest.approx(np.quantile(values[name], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])), name
+
+
+def test_intervals_are_seeded_and_widen_with_groups():
+    """Fifty pairs of equal rows are fifty pieces of evidence, not a hundred."""
+    labels = [(UNSAFE, UNSAFE if i % 5 else SAFE) for i in range(50)]
+    rows = [(TEXT, gold, ABSENT, CATEGORY_UNKNOWN, -1, 0, 1, 1, said, SAFE, NONE, -1, 0.0) for gold, said in labels for _ in range(2)]
+    pairs, apart = arrays(rows, np.arange(100) // 2), arrays(rows)
+    width = {name: np.ptp(intervals(r)["request_recall"]) for name, r in (("pairs", pairs), ("apart", apart))}
+    assert width["pairs"] == pytest.approx(2 * 1.96 * np.sqrt(0.8 * 0.2 / 50), rel=0.1)
+    assert width["apart"] == pytest.approx(2 * 1.96 * np.sqrt(0.8 * 0.2 / 100), rel=0.1)
+    assert intervals(pairs, 50) == intervals(pairs, 50) != intervals(pairs, 50, seed=1)
+
+
+def test_the_table():
+    rows = arrays(ROWS)
+    found = table(rows, resamples=200)
+    scores = summarise(rows)
+    assert json.loads(json.dumps(found)) == found and found["resamples"] == 200
+    assert {name: value for name, value in scores.items() if is_count(name)} == {k: v for k, v in found["counts"].items() if k in scores}
+    defined = {name: entry["value"] for name, entry in found["scores"].items() if entry["value"] is not None}
+    assert defined == {name: value for name, value in scores.items() if not is_count(name)}
+    one = found["scores"]["request_f1"]
+    assert one["low"] < one["value"] < one["high"] and one["rows"] == 10
+    assert found["scores"]["image/ood_f1"] == {"value": None, "low": None, "high": None, "rows": 2}
+    flat = ends(found)
+    assert flat["request_f1_low"] == one["low"] and flat["request_f1_high"] == one["high"] and not any("/" in name for name in flat)
+
+
+# --- naming --------------------------------------------------------------------------------------------------------------------
+
+
 def test_mean_similarity():
     similarity = np.array([[0.5, 0.7, 9.0], [1.0, 1.0, 1.0]])
     valid = np.array([[True, True, False], [False, False, False]])
     got = mean_similarity(similarity, valid)
     assert got[0] == pytest.approx(0.6) and np.isnan(got[1])
-    verdict, gold, _ = arrays(ROWS[4:6])
-    assert summarise(verdict, gold, np.array([0.6, np.nan]))["naming"] == 0.6
+    rows = arrays(ROWS[4:6])
+    assert summarise(rows._replace(naming={"naming": np.array([0.6, np.nan])}))["naming"] == 0.6
+
+
+def test_rank_by_the_nearest_phrase():
+    """Node 3 has no phrases; ties count against the gold node."""
+    valid_NS = np.array([[True, True], [True, False], [True, True], [False, False]])
+    similarity_NS = np.array([[0.1, 0.9], [0.5, 9.0], [0.3, 0.5], [9.0, 9.0]])
+    got = retrieval_rank(np.stack([similarity_NS] * 5), valid_NS, np.array([0, 1, 2, 3, -1]))
+    assert got[:3].tolist() == [1, 3, 3] and np.isnan(got[3:]).all()
+
+
+class Compass:
+    """An encoder of four words."""
+
+    E, fingerprint = 2, ""
+
+    def texts(self, texts):
+        return np.array([{"north": (1, 0), "east": (0, 1), "south": (-1, 0), "north-east": (0.6, 0.8)}[t] for t in texts]).reshape(-1, 2)
+
+
+def test_nearness_by_hand():
+    from pgjax.bank import Bank
+
+    words = Compass().texts(["north", "north-east", "east", "south"])
+    bank = Bank(np.stack([words[[0, 1]], words[[2, 3]], np.zeros((2, 2))]), np.array([[True, True], [True, False], [False, False]]))
+    near_P, rank_P = nearness(["north", "east", "north", None, "south"], np.array([0, 0, 1, 0, 2]), Compass(), bank)
+    np.testing.assert_allclose(near_P, [0.8, 0.4, 0.0, 0.0, np.nan])
+    np.testing.assert_allclose(rank_P, [1, 2, 2, np.inf, np.nan])
+    near_P, rank_P = nearness([None], np.array([1]), Compass(), bank)
+    assert near_P.tolist() == [0] and rank_P.tolist() == [np.inf]
 
 
 def test_shapes_must_agree():
-    verdict, gold, _ = arrays(ROWS)
+    rows = arrays(ROWS)
     with pytest.raises(ValueError, match="one answer a row"):
-        summarise(verdict.replace(parsed=verdict.parsed[:, None]), gold)
+        summarise(rows._replace(verdict=rows.verdict.replace(parsed=rows.verdict.parsed[:, None])))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_reward
+from rows import gold_arrays, verdict_arrays
 
 from pgjax import automaton as answers
 from pgjax.automaton import EMPTY, ID, NAME, NONE, NONE_LIKE, UNLISTED, Verdict, id_grid
@@ -57,15 +58,12 @@ def verdict_of(text: str, image: bool) -> tuple[bool, int, int, int, int]:
 
 
 def verdicts(texts_PG: list[list[str]], image_P: list[bool]) -> Verdict:
-    rows = np.array([[verdict_of(text, image) for text in row] for row, image in zip(texts_PG, image_P, strict=True)])
-    return Verdict(rows[..., 0].astype(bool), *(rows[..., i] for i in range(1, 5)))
+    return verdict_arrays([[verdict_of(text, image) for text in row] for row, image in zip(texts_PG, image_P, strict=True)])
 
 
 def gold_of(modality, request, response, category, node=-1, shown=SHOWN, accepted=()) -> Gold:
     """Gold of one prompt, [1]."""
-    accepted_N = np.isin(np.arange(NODES), [n for n in (node, *accepted) if n >= 0])
-    labels = [np.array([code], np.int32) for code in (modality, request, response, category, node)]
-    return Gold(*labels, np.array([shown], np.int32), accepted_N[None], np.zeros(1, bool), np.ones(1, np.float32))
+    return gold_arrays([(modality, request, response, category, node)], NODES, [shown], [accepted])
 
 
 def stack(golds: list[Gold]) -> Gold:

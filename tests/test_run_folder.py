@@ -1,18 +1,17 @@
-"""What a run leaves: metrics that survive a kill, checkpoints on any mesh, progress for terminals and logs."""
+"""What a run leaves: metrics that survive a kill, events that agree with them, progress for terminals and logs."""
 
 import io
 import json
+import struct
+from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tensorboardX.proto.event_pb2 import Event
 
-from pgjax.config import Recipe
-from pgjax.train.checkpoints import Checkpoints
+from pgjax.config import GRPOConfig, MeshConfig, OptimizerConfig, Recipe, ReportConfig
 from pgjax.train.progress import Progress, duration
-from pgjax.train.run_folder import RunFolder, read_config, read_metrics
+from pgjax.train.run_folder import RunFolder, changed_keys, check_same_run, read_config, read_metrics, remove_run
 
 
 def test_run_folder(tmp_path):
@@ -30,19 +29,87 @@ def test_run_folder(tmp_path):
     assert not list(run.path.rglob("*.part"))
 
 
+def events(path) -> list[tuple[str, int, float]]:
+    """Tag, step and value of all scalars in all event files: records of length, checksum, event, checksum."""
+    scalars = []
+    for file in sorted((path / "tensorboard").glob("events.out.*")):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            scalars += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return scalars
+
+
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     with RunFolder(tmp_path, Recipe()) as run:
+        run.log(5, {"loss": 0.5}, "sft")
         for step in range(1, 6):
-            run.log(step, {"reward": step})
+            run.log(step, {"reward": step, "nothing": float("nan")})
             run.samples(step, [])
+        run.write_json("summary.json", {})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "rew')  # killed while writing
+    (tmp_path / "samples" / "6.jsonl.part").touch()
     with RunFolder(tmp_path, Recipe(), resume_step=3) as run:
         run.log(4, {"reward": 40})
-    assert [(row["step"], row["reward"]) for row in read_metrics(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
-    assert sorted(file.stem for file in (tmp_path / "samples").iterdir()) == ["1", "2", "3"]
+    rows = read_metrics(tmp_path)
+    assert rows[0] == {"step": 5, "phase": "sft", "loss": 0.5}, "the supervised stage has steps of its own"
+    assert [(row["step"], row["reward"]) for row in rows[1:]] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert events(tmp_path) == [("sft/loss", 5, 0.5), *(("reward", row["step"], row["reward"]) for row in rows[1:])]
+    assert sorted(file.name for file in (tmp_path / "samples").iterdir()) == ["1.jsonl", "2.jsonl", "3.jsonl"]
+    assert not (tmp_path / "summary.json").exists()
     RunFolder(tmp_path, Recipe()).close()
-    assert read_metrics(tmp_path) == [] and not list((tmp_path / "samples").iterdir())
+    assert read_metrics(tmp_path) == events(tmp_path) == list((tmp_path / "samples").iterdir()) == []
+
+
+def with_grpo(**changes) -> Recipe:
+    return Recipe(grpo=replace(Recipe().grpo, **changes))
+
+
+def test_a_run_goes_on_as_it_was_started(tmp_path):
+    check_same_run(tmp_path, Recipe())  # nothing there
+    RunFolder(tmp_path, Recipe()).close()
+    faster = with_grpo(optimizer=OptimizerConfig(learning_rate=1e-3))
+    with pytest.raises(ValueError, match=r"grpo.optimizer.learning_rate = 1e-06, now it is 0.001; .*--fresh"):
+        check_same_run(tmp_path, faster)
+    with pytest.raises(ValueError, match=r"seed = 0, now it is 3 \(and 1 more: grpo.optimizer.learning_rate\)"):
+        check_same_run(tmp_path, replace(faster, seed=3))
+    moved = replace(Recipe(), name="moved", devices=4, mesh=MeshConfig(data=4, fsdp=1), report=ReportConfig(show_content=True))
+    check_same_run(tmp_path, replace(moved, grpo=GRPOConfig(micro_prompts=8, checkpoint_every=3, keep_checkpoints=9, keep_best=False)))
+
+
+def test_a_run_may_be_prolonged_but_not_under_a_schedule(tmp_path):
+    steps = Recipe().grpo.steps
+    RunFolder(tmp_path, Recipe()).close()
+    assert not changed_keys(tmp_path, with_grpo(steps=steps + 1))
+    assert changed_keys(tmp_path, with_grpo(steps=steps - 1)) == {"grpo.steps": (steps, steps - 1)}
+    cosine = OptimizerConfig(schedule="cosine")
+    RunFolder(tmp_path, with_grpo(optimizer=cosine)).close()
+    assert list(changed_keys(tmp_path, with_grpo(optimizer=cosine, steps=steps + 1))) == ["grpo.steps"]
+
+
+def test_what_was_built_for_another_recipe_is_not_taken(tmp_path):
+    """A run without a checkpoint starts over: with the recipe of its first start it keeps its data, with another it builds anew."""
+    RunFolder(tmp_path, Recipe()).close()
+    for name in ("data", "tokenizer"):
+        (tmp_path / name).mkdir()
+    RunFolder(tmp_path, Recipe()).close()
+    assert (tmp_path / "data").exists() and (tmp_path / "tokenizer").exists()
+    RunFolder(tmp_path, Recipe(seed=1)).close()
+    assert not (tmp_path / "data").exists() and not (tmp_path / "tokenizer").exists()
+
+
+def test_only_run_folders_are_deleted(tmp_path):
+    remove_run(tmp_path / "nowhere")
+    RunFolder(tmp_path / "run", Recipe()).close()
+    remove_run(tmp_path / "run")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="notes is not a run folder"):
+        remove_run(tmp_path / "notes")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes"] and (tmp_path / "notes" / "mine.txt").exists()
 
 
 def test_other_processes_write_nothing(tmp_path):
@@ -52,45 +119,6 @@ def test_other_processes_write_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="not a run folder"):
         read_config(tmp_path)
-
-
-def mesh(*shape):
-    size = int(np.prod(shape))
-    if jax.device_count() < size:
-        pytest.skip(f"needs {size} devices; run with XLA_FLAGS=--xla_force_host_platform_device_count={size}")
-    devices = np.array(jax.devices()[:size]).reshape(shape)
-    return Mesh(devices, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-
-
-@pytest.mark.parametrize("before, after", [((1, 1), (1, 1)), ((4, 1), (1, 2))])
-def test_checkpoints_move_between_meshes(tmp_path, before, after):
-    def state(on):
-        weights = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(on, PartitionSpec("fsdp", "tensor")))
-        return {"params": {"w": weights}, "step": jax.device_put(jnp.int32(3), NamedSharding(on, PartitionSpec()))}
-
-    saved = state(mesh(*before))
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    assert checkpoints.latest() is None
-    for step in (1, 2, 3):
-        checkpoints.save(step, saved)
-    assert checkpoints.steps() == [2, 3] and checkpoints.latest() == 3
-    target = state(mesh(*after))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
-    got = checkpoints.restore(abstract)
-    assert got["params"]["w"].sharding == target["params"]["w"].sharding
-    np.testing.assert_array_equal(got["params"]["w"], saved["params"]["w"])
-    with pytest.raises(ValueError, match="checkpoint 9 not found.*2, 3"):
-        checkpoints.restore(abstract, 9)
-    with pytest.raises(ValueError, match="does not fit this recipe"):
-        checkpoints.restore({"params": {"other": abstract["params"]["w"]}, "step": abstract["step"]})
-    with pytest.raises(ValueError, match="does not fit this recipe.*shape"):
-        checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), abstract))
-    checkpoints.rewind(2)
-    assert checkpoints.steps() == [2]
-    checkpoints.save(2, saved)  # there already
-    checkpoints.rewind()
-    assert checkpoints.latest() is None
-    checkpoints.close()
 
 
 def test_progress_prints_plain_lines_off_a_terminal():

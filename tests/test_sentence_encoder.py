@@ -2,18 +2,13 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny_encoder import GOLDEN, tiny_encoder
 
 from pgjax.models.sentence_encoder import load_embedder
-
-GOLDEN = np.load(Path(__file__).parent / "fixtures" / "sentence_encoder.npz")
-WORDS = ["<s>", "<pad>", "</s>", "<unk>"] + [f"w{i}" for i in range(4, 24)]
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +20,7 @@ def minilm():
 
 @pytest.fixture
 def xlm_directory(tmp_path):
-    """A sentence-transformers directory of a tiny XLM-RoBERTa with cls pooling, the architecture of BGE-M3."""
-    config = dict(
-        model_type="xlm-roberta", hidden_act="gelu", vocab_size=24, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=20, max_position_embeddings=14, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
-    )  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 16, "pooling_mode_cls_token": True}))
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    tokenizer.enable_padding(length=12, pad_id=1)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    save_file({name.removeprefix("weight/"): GOLDEN[name] for name in GOLDEN if name.startswith("weight/")}, tmp_path / "model.safetensors")
-    return tmp_path
+    return tiny_encoder(tmp_path)
 
 
 def test_minilm_equals_sentence_transformers(minilm):

@@ -8,7 +8,7 @@ import pytest
 from pgjax.config import DataConfig, OODConfig, Recipe
 from pgjax.conversation import load_prompts, messages
 from pgjax.data.images import load_image
-from pgjax.data.toy import INTENTS, OBJECTS, USES, held_out, toy_answers, toy_examples, toy_texts
+from pgjax.data.toy import INTENTS, OBJECTS, REPLIES, held_out, toy_answers, toy_examples, toy_texts
 from pgjax.taxonomy import full_view, level_of, load_taxonomy, policy_view, render_policy
 from pgjax.tokenizer import train_byte_bpe
 
@@ -48,7 +48,7 @@ def test_shares(examples):
         assert len(rows) == (1536 if split == "train" else 768) and len({row.id for row in rows}) == len(rows)
         for modality in ("text", "text_image", "image"):
             labels = Counter(row.request_label for row in rows if row.modality == modality)
-            assert labels["safe"] == labels["unsafe"] == len(rows) // 6
+            assert labels["safe"] == labels["unsafe"] == len(rows) // (4 if modality == "text" else 8)
     train = [row for row in examples if row.split == "train"]
     kinds = Counter((row.request_label, row.response_label) for row in train if row.modality != "image")
     for kind in (("unsafe", "safe"), ("unsafe", "unsafe"), ("safe", "safe"), ("safe", "unsafe")):
@@ -123,17 +123,16 @@ def test_twins_share_group_split_style_and_length(examples):
 
 
 def test_phrases_come_in_pairs_of_one_length():
-    for pair in (*INTENTS, *USES):
+    for pair in (*INTENTS, *REPLIES):
         assert len({len(phrase) for phrase in pair}) == len({len(phrase.split()) for phrase in pair}) == 1
 
 
 def test_held_out_rows_combine_known_words(examples):
-    for pairs in (INTENTS, USES):
-        for leaf in OBJECTS:
-            for item in range(3):
-                assert {held_out(leaf, item, pair) for pair in range(len(pairs))} == {True, False}
-        for pair in range(len(pairs)):
-            assert any(not held_out(leaf, 0, pair) for leaf in OBJECTS)
+    for leaf in OBJECTS:
+        for item in range(3):
+            assert {held_out(leaf, item, pair) for pair in range(len(INTENTS))} == {True, False}
+    for pair in range(len(INTENTS)):
+        assert any(not held_out(leaf, 0, pair) for leaf in OBJECTS)
 
     def combinations(split):
         requests = [row.request for row in examples if row.split == split and row.modality == "text"]

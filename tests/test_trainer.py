@@ -63,11 +63,22 @@ def test_the_run_folder(run):
     assert {"id", "modality", "request_label", "verdict", "answer"} <= samples[0].keys()
 
 
+def test_the_first_and_last_validation_are_full(run):
+    path, _ = run
+    last = read_metrics(path)[-1]
+    found = json.loads((path / "evaluation.json").read_text())
+    assert found["step"] == 3 and found["counts"]["n"] == last["n"] == tiny_recipe().data.eval_examples
+    defined = {name: score["value"] for name, score in found["scores"].items() if score["value"] is not None}
+    assert all(last[name] == value for name, value in defined.items())
+    assert {"request_auroc", "text/request_auroc", "naming_mrr", "naming_top1"} <= defined.keys()
+    assert 0 <= last["request_accuracy_low"] <= last["request_accuracy"] <= last["request_accuracy_high"] <= 1
+
+
 def test_the_summary_is_read_from_the_metrics(run):
     path, summary = run
     assert tuple(summary) == KEYS and json.loads((path / "summary.json").read_text()) == summary
     rows = read_metrics(path)
-    rewards = [row["critic/reward_mean"] for row in rows if row["phase"] == "train"]
+    rewards = [row["critic/rewards/mean"] for row in rows if row["phase"] == "train"]
     before, after = (row for row in rows if row["phase"] == "eval")
     assert summary["reward_first"] == summary["reward_last"] == pytest.approx(np.mean(rewards))
     assert (summary["f1_before"], summary["f1_after"]) == (before["request_f1"], after["request_f1"])

@@ -143,7 +143,7 @@ def test_rows_of_weight_zero_count_nowhere():
         assert (np.asarray(made.advantage_PG)[[0, 3, 5]] == 0).all() and made.mask_PQ[0].sum() == 0
         stats.append((np.asarray(made.advantage_PG), {k: float(v) for k, v in numbers.items() if k != "rollout/slot_waste"}))
     np.testing.assert_array_equal(stats[0][0], stats[1][0])
-    assert stats[0][1] == stats[1][1] and stats[0][1]["critic/reward_std"] > 0.1
+    assert stats[0][1] == stats[1][1] and stats[0][1]["critic/group_std"] > 0.1
 
 
 def test_mini_batches_are_every_nth_row():

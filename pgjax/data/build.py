@@ -6,7 +6,6 @@ is a sequence of at most one entry, because TFDS knows no None.
 
 import contextlib
 import io
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -15,6 +14,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from pgjax.data.schema import Example
+from pgjax.files import new_folder
 
 OPTIONAL = ("request", "response", "node", "name")
 PLAIN = tuple(f.name for f in fields(Example) if f.name not in (*OPTIONAL, "images", "accepted", "turns"))
@@ -63,16 +63,13 @@ def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
         raise ValueError(f"dataset folder {out} exists already; remove it or name another")
     if not examples:
         raise ValueError(f"no examples to write to {out}")
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
     tfds.disable_progress_bar()
-    try:
-        builder = _Builder(examples, data_dir=aside, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
-            builder.download_and_prepare()
-        os.replace(builder.data_path, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(out) as aside, contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+        builder = _Builder(examples, data_dir=aside / "build", file_format="array_record")
+        builder.download_and_prepare()
+        for file in Path(builder.data_path).iterdir():
+            file.rename(aside / file.name)
+        shutil.rmtree(aside / "build")
     return out
 
 

@@ -10,6 +10,7 @@ import functools
 import io
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,6 +19,7 @@ from pgjax.config import VisionConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # few decoders, since files come from strangers
 MAX_IMAGE_PIXELS = 64 * 2**20  # of the file as it is, before resizing; our choice
+MAX_FILE_BYTES = 256 * 2**20  # that many RGB pixels without compression, with some room
 MIN_PIXELS = 56 * 56  # Qwen's default bounds of the area after resizing
 MAX_PIXELS = 28 * 28 * 1280
 
@@ -50,7 +52,7 @@ def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"not an image that is read here; give one of {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow's ways to say that a file ends early or is broken
-        raise ValueError("the image is truncated or broken; Pillow cannot decode it") from error
+        raise ValueError("the image is truncated or broken and cannot be decoded; give the whole file") from error
     if not small:
         raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {max_pixels} allowed; shrink it")
     if image.mode.startswith("I"):  # 16-bit grey; mode I also holds it when the format says so
@@ -61,6 +63,23 @@ def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> bytes:
+    """The bytes of a picture file, checked by decoding them once. ValueError names the file."""
+    file = Path(path)
+    try:
+        if not file.is_file():  # a device or a pipe may never end
+            raise ValueError("no such file; give the path of a picture")
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"the file is larger than {MAX_FILE_BYTES >> 20} MiB; shrink the image")
+        data = file.read_bytes()
+        load_image(data)
+    except OSError as error:
+        raise ValueError(f"image {path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"image {path}: {error}") from error
+    return data
 
 
 @functools.cache

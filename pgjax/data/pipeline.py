@@ -4,9 +4,12 @@ One row: hide and shuffle categories (the OOD task), render policy and conversat
 patches, pad to one shape. The state of the data is the integer k; there is nothing else to save.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -20,12 +23,14 @@ from pgjax.data.schema import (
     CATEGORIES,
     CATEGORY_NODE,
     CATEGORY_OOD,
+    EVALUATION_ONLY,
     LABELS,
     MODALITIES,
     Example,
     Gold,
     PromptBatch,
 )
+from pgjax.files import replace_file
 from pgjax.taxonomy import Level, PolicyView, Taxonomy, full_view, level_of, node_of_id, policy_view, render_policy
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -41,146 +46,63 @@ class Batch(NamedTuple):
 class Row:
     """One example as one prompt shows it."""
 
-    index: int
-    epoch: int
+    number: int  # names the prompt for randomness
     example: Example
     view: PolicyView
 
 
-class Pipeline:
-    """Prompts of one split, padded to (T, I) = (data.prompt_tokens, data.patches).
+class Renderer:
+    """Conversations to arrays of one shape, (T, I) = (data.prompt_tokens, data.patches). `ids` is the automaton's id grid (axis K)."""
 
-    `examples` is any sequence of `Example`; rows of other splits are passed over. Training ("train") draws with a new order and
-    new views each epoch, without end; any other split comes in order with one fixed view per example, and its last batch is filled
-    up with rows of weight 0. `ids` is the automaton's id grid (axis K). With several processes each one makes its own slice of the
-    global batch: rows [index * P / count, (index + 1) * P / count).
-
-    Rows that cannot be shown whole are dropped here, never cut; `.dropped` counts them by reason: "prompt" (more than T tokens
-    with the longest policy that may be drawn), "patches" (more than I slots), "image" (cannot be read), "reserved" (about a
-    reserved node) and, in training, "never_seen" (about a category that training must not show). Raises ValueError when nothing is left.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        taxonomy: Taxonomy,
-        tokenizer,
-        recipe: Recipe,
-        split: str,
-        ids: tuple[str, ...],
-        process_index: int = 0,
-        process_count: int = 1,
-        prompts: Prompts | None = None,
-    ):
-        self.taxonomy, self.tokenizer, self.recipe, self.split, self.ids = taxonomy, tokenizer, recipe, split, ids
-        self.process_index, self.process_count = process_index, process_count
+    def __init__(self, taxonomy: Taxonomy, tokenizer, recipe: Recipe, ids: tuple[str, ...], prompts: Prompts | None = None):
+        self.taxonomy, self.tokenizer, self.recipe, self.ids = taxonomy, tokenizer, recipe, ids
         self.prompts = prompts or load_prompts(recipe.data.prompts)
         self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         # Nodes that no prompt may show: reserved ones, and the never-seen with all that is below them or has nothing left below.
         out = [taxonomy.nodes[n] for n in full_view(taxonomy, "leaf", recipe.data.ood.never_seen).hidden]
         self.reserved = {node.id for node in out if node.reserved}
         self.never_seen = {node.id for node in out if not node.reserved}
-        self._examples = examples
-        self.dropped: Counter[str] = Counter()
         if recipe.data.patches % recipe.model.vision.window_patches:
             raise ValueError(
                 f"data.patches {recipe.data.patches} must be a multiple of the {recipe.model.vision.window_patches} patches of a window"
             )
-        kept = self._fitting()
-        if not kept:
-            raise ValueError(f"no example of split {split!r} is left; dropped: {dict(self.dropped)}")
-        self.kept = np.array(kept)
-        data = grain.MapDataset.source(range(len(kept))).seed(recipe.seed)
-        if split == "train":
-            data = data.shuffle().repeat()
-        data = data.map_with_index(lambda position, row: (int(kept[row]), position // len(kept)))
-        self._rows = data.random_map(self._draw)
 
-    def __len__(self) -> int:
-        """Examples of this split, after dropping."""
-        return len(self.kept)
+    def unfit(self, example: Example) -> str | None:
+        """Why an example cannot be shown whole beside the whole policy, in the words of `Pipeline.dropped`; None where it can."""
+        reason, visual = self._unfit(example)
+        if reason:
+            return reason
+        text = self._text(example, self._policy(self._full_view(example)))
+        return "prompt" if self._lengths([(visual, text)])[0] > self.recipe.data.prompt_tokens else None
 
-    def batches(self, prompts: int) -> int:
-        """Batches of `prompts` rows in one pass; the last may be padded (held-out splits only)."""
-        return -(-len(self) // prompts)
+    def show(self, examples: Sequence[Example], prompts: int) -> Batch:
+        """At most `prompts` examples beside the whole policy as one batch of that many rows; the others fill it up with weight 0."""
+        rows = [Row(number, example, self._full_view(example)) for number, example in enumerate(examples)]
+        return self._batch(rows + rows[:1] * (prompts - len(rows)), len(rows))
 
-    def batch(self, k: int, prompts: int | None = None) -> Batch:
-        """Global batch `k` of P = `prompts` rows (default grpo.prompts), this process's slice of it.
+    def _full_view(self, example: Example) -> PolicyView:
+        return full_view(self.taxonomy, level_of(example.modality), self.recipe.data.ood.never_seen)
 
-        Arrays as in `PromptBatch` and `Gold`. Raises IndexError past the end of a held-out split.
-        """
-        prompts = prompts or self.recipe.grpo.prompts
-        if prompts % self.process_count:
-            raise ValueError(f"{prompts} prompts do not divide over {self.process_count} processes")
-        if k < 0 or (self.split != "train" and k >= self.batches(prompts)):
-            raise IndexError(f"split {self.split!r} has {self.batches(prompts)} batches of {prompts}, asked for number {k}")
-        local = prompts // self.process_count
-        first = k * prompts + self.process_index * local
-        end = first + local if self.split == "train" else min(first + local, len(self))
-        rows = [self._rows[position] for position in range(first, end)]
-        # Filler must be a well-formed prompt; its weight is what makes it count for nothing.
-        filled = rows + [rows[0] if rows else self._rows[0]] * (local - len(rows))
-        return Batch(self._prompt_batch(filled), self._gold(filled, len(rows)), [(row.example, row.view) for row in rows])
+    def _batch(self, rows: list[Row], real: int) -> Batch:
+        """`real` rows, and others that are well-formed prompts too but count for nothing."""
+        return Batch(self._prompt_batch(rows), self._gold(rows, real), [(row.example, row.view) for row in rows[:real]])
 
-    def _draw(self, drawn: tuple[int, int], rng: np.random.Generator) -> Row:
-        index, epoch = drawn
-        example, ood = self._examples[index], self.recipe.data.ood
-        hide_gold = bool(rng.random() < ood.share)  # safe rows too, so that a gap in the policy does not betray the label
-        return Row(index, epoch, example, policy_view(self.taxonomy, ood, rng, level_of(example.modality), example.node, hide_gold))
-
-    def _longest_view(self, level: Level) -> PolicyView:
-        """A view at least as long as any that may be drawn: lines are tokenized apart, so the longest ones make the longest policy."""
-        full, keep = full_view(self.taxonomy, level, self.never_seen), self.recipe.data.ood.keep
-        if keep is None:
-            return full
-        tokens = {entry: len(self._tokenize(self._policy(replace(full, entries=(entry,))))) for entry in full.entries}
-        answerable = sorted((e for e in full.entries if e[0] in full.answerable), key=lambda entry: tokens[entry], reverse=True)
-        others = sorted((e for e in full.entries if e[0] not in full.answerable), key=lambda entry: tokens[entry], reverse=True)
-        # At leaf level every entry brings its category's line along, at worst a different one each.
-        return replace(full, entries=(*answerable[: keep[1]], *others[: keep[1]]))
-
-    def _fitting(self) -> list[int]:
-        """Numbers of the examples of this split that can be shown whole; counts the others."""
-        longest = {level: self._policy(self._longest_view(level)) for level in ("leaf", "top")}
-        kept, waiting = [], []
-        for index, example in enumerate(self._examples):
-            if example.split != self.split:
-                continue
-            reason, visual = self._unfit(example)
-            if reason:
-                self.dropped[reason] += 1
-            else:
-                waiting.append((index, visual, self._text(example, longest[level_of(example.modality)])))
-            if len(waiting) == 1024:  # tokenizing many at once is several times faster
-                kept += self._short(waiting)
-                waiting = []
-        return kept + self._short(waiting)
+    def _lengths(self, rows: list[tuple[int, str]]) -> list[int]:
+        """Prompt tokens of rows (visual tokens, text); many at once are several times faster."""
+        tokens = self.tokenizer([text for _, text in rows], add_special_tokens=False)["input_ids"] if rows else []
+        return [len(ids) - ids.count(self.image_token) + visual for (visual, _), ids in zip(rows, tokens, strict=True)]
 
     def _unfit(self, example: Example) -> tuple[str | None, int]:
         """Why an example cannot be shown, whatever the length of its prompt; and its visual tokens."""
         data, vision = self.recipe.data, self.recipe.model.vision
-        nodes = {example.node, *example.accepted}
-        if self.reserved & nodes:
+        if self.reserved & {example.node, *example.accepted}:
             return "reserved", 0
-        if self.split == "train" and self.never_seen & nodes:
-            return "never_seen", 0
         try:
             grids = [image_grid(load_image(raw).size, vision, *self._area()) for raw in example.images]
         except ValueError:
             return "image", 0
         fits = sum(slot_count(grid, vision) for grid in grids) <= data.patches
         return None if fits else "patches", sum(height * width for height, width in grids) // vision.merge**2
-
-    def _short(self, waiting: list[tuple[int, int, str]]) -> list[int]:
-        """Numbers of those (number, visual tokens, text) that have at most T tokens."""
-        kept = []
-        tokens = self.tokenizer([text for _, _, text in waiting], add_special_tokens=False)["input_ids"] if waiting else []
-        for (index, visual, _), ids in zip(waiting, tokens, strict=True):
-            if len(ids) - ids.count(self.image_token) + visual <= self.recipe.data.prompt_tokens:
-                kept.append(index)
-            else:
-                self.dropped["prompt"] += 1
-        return kept
 
     def _policy(self, view: PolicyView) -> str:
         return render_policy(self.taxonomy, view, self.recipe.data.descriptions)
@@ -217,7 +139,7 @@ class Pipeline:
             patches_PIB=np.zeros((P, I, vision.channels * vision.temporal * vision.patch**2), np.float32),
             patch_yx_PI2=np.zeros((P, I, 2), np.int32),
             image_PI=np.full((P, I), -1, np.int32),
-            id_P=np.array([(row.epoch * len(self._examples) + row.index) % 2**32 for row in rows], np.uint32),
+            id_P=np.array([row.number % 2**32 for row in rows], np.uint32),
         )
         batch = PromptBatch(**arrays)
         for p, row in enumerate(rows):
@@ -271,3 +193,142 @@ class Pipeline:
             return -1
         parent = self.taxonomy.by_id(id).parent
         return self.taxonomy.index(parent if parent and level_of(example.modality) == "top" else id)
+
+
+class Pipeline(Renderer):
+    """Prompts of one split, padded to (T, I) = (data.prompt_tokens, data.patches).
+
+    `examples` is any sequence of `Example`; rows of other splits are passed over. Training ("train") draws with a new order and
+    new views each epoch, without end; any other split comes in order with one fixed view per example, and its last batch is filled
+    up with rows of weight 0. With several processes each one makes its own slice of the global batch:
+    rows [index * P / count, (index + 1) * P / count).
+
+    Rows that cannot be shown whole are dropped here, never cut; `.dropped` counts them by reason: "prompt" (more than T tokens
+    with the longest policy that may be drawn), "patches" (more than I slots), "image" (cannot be read), "reserved" (about a
+    reserved node) and, in training, "never_seen" (about a category that training must not show). To find out, every picture is
+    decoded; the file `cache` keeps what was found, for the next start with the same recipe, tokenizer and rows.
+
+    Raises ValueError when nothing is left, and for a training row of a source that is for evaluation only.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        taxonomy: Taxonomy,
+        tokenizer,
+        recipe: Recipe,
+        split: str,
+        ids: tuple[str, ...],
+        process_index: int = 0,
+        process_count: int = 1,
+        prompts: Prompts | None = None,
+        cache: Path | None = None,
+    ):
+        super().__init__(taxonomy, tokenizer, recipe, ids, prompts)
+        self.split, self.process_index, self.process_count = split, process_index, process_count
+        self._examples = examples
+        self.dropped: Counter[str] = Counter()
+        kept = self._fitting() if cache is None else self._remembered(cache)
+        if not kept:
+            what = f"no example of split {split!r} is left; dropped: {dict(self.dropped)}"
+            raise ValueError(f"{what}; larger data.prompt_tokens or data.patches show more")
+        self.kept = np.array(kept)
+        data = grain.MapDataset.source(range(len(kept))).seed(recipe.seed)
+        if split == "train":
+            data = data.shuffle().repeat()
+        data = data.map_with_index(lambda position, row: (int(kept[row]), position // len(kept)))
+        self._rows = data.random_map(self._draw)
+
+    def __len__(self) -> int:
+        """Examples of this split, after dropping."""
+        return len(self.kept)
+
+    def batches(self, prompts: int) -> int:
+        """Batches of `prompts` rows in one pass; the last may be padded (held-out splits only)."""
+        return -(-len(self) // prompts)
+
+    def batch(self, k: int, prompts: int | None = None) -> Batch:
+        """Global batch `k` of P = `prompts` rows (default grpo.prompts), this process's slice of it.
+
+        Arrays as in `PromptBatch` and `Gold`. Raises IndexError past the end of a held-out split.
+        """
+        prompts = prompts or self.recipe.grpo.prompts
+        if prompts % self.process_count:
+            raise ValueError(f"{prompts} prompts do not divide over {self.process_count} processes")
+        if k < 0 or (self.split != "train" and k >= self.batches(prompts)):
+            raise IndexError(f"split {self.split!r} has {self.batches(prompts)} batches of {prompts}, asked for number {k}")
+        local = prompts // self.process_count
+        first = k * prompts + self.process_index * local
+        end = first + local if self.split == "train" else min(first + local, len(self))
+        rows = [self._rows[position] for position in range(first, end)]
+        return self._batch(rows + [rows[0] if rows else self._rows[0]] * (local - len(rows)), len(rows))
+
+    def _draw(self, drawn: tuple[int, int], rng: np.random.Generator) -> Row:
+        index, epoch = drawn
+        example, ood = self._examples[index], self.recipe.data.ood
+        hide_gold = bool(rng.random() < ood.share)  # safe rows too, so that a gap in the policy does not betray the label
+        view = policy_view(self.taxonomy, ood, rng, level_of(example.modality), example.node, hide_gold)
+        return Row(epoch * len(self._examples) + index, example, view)
+
+    def _longest_view(self, level: Level) -> PolicyView:
+        """A view at least as long as any that may be drawn: lines are tokenized apart, so the longest ones make the longest policy."""
+        full, keep = full_view(self.taxonomy, level, self.never_seen), self.recipe.data.ood.keep
+        if keep is None:
+            return full
+        tokens = {entry: len(self._tokenize(self._policy(replace(full, entries=(entry,))))) for entry in full.entries}
+        answerable = sorted((e for e in full.entries if e[0] in full.answerable), key=lambda entry: tokens[entry], reverse=True)
+        others = sorted((e for e in full.entries if e[0] not in full.answerable), key=lambda entry: tokens[entry], reverse=True)
+        # At leaf level every entry brings its category's line along, at worst a different one each.
+        return replace(full, entries=(*answerable[: keep[1]], *others[: keep[1]]))
+
+    def _remembered(self, cache: Path) -> list[int]:
+        """What `_fitting` found, from the file `cache` where it was written for the same things, else found now and written."""
+        data, vision, tag = self.recipe.data, self.recipe.model.vision, self.recipe.answer.think_tag
+        things = (
+            data,
+            vision,
+            tag,
+            self.prompts,
+            self.taxonomy,
+            self.split,
+            len(self._examples),
+            self.tokenizer.backend_tokenizer.to_str(),
+        )
+        key = hashlib.sha256(repr(things).encode()).hexdigest()
+        if cache.exists() and (found := json.loads(cache.read_text()))["key"] == key:
+            self.dropped.update(found["dropped"])
+            return found["kept"]
+        kept = self._fitting()
+        if self.process_index == 0:
+            replace_file(cache, json.dumps({"key": key, "kept": kept, "dropped": self.dropped}))
+        return kept
+
+    def _fitting(self) -> list[int]:
+        """Numbers of the examples of this split that can be shown whole; counts the others."""
+        longest = {level: self._policy(self._longest_view(level)) for level in ("leaf", "top")}
+        kept, waiting = [], []
+        for index, example in enumerate(self._examples):
+            if example.split != self.split:
+                continue
+            if self.split == "train" and example.source in EVALUATION_ONLY:
+                raise ValueError(
+                    f"example {example.id}: {example.source} is for evaluation only (its licence); take it out of the split train"
+                )
+            gone = self.split == "train" and self.never_seen & {example.node, *example.accepted}
+            reason, visual = ("never_seen", 0) if gone else self._unfit(example)
+            if reason:
+                self.dropped[reason] += 1
+            else:
+                waiting.append((index, visual, self._text(example, longest[level_of(example.modality)])))
+            if len(waiting) == 1024:  # tokenizing many at once is several times faster
+                kept += self._short(waiting)
+                waiting = []
+        return kept + self._short(waiting)
+
+    def _short(self, waiting: list[tuple[int, int, str]]) -> list[int]:
+        """Numbers of those (number, visual tokens, text) that have at most T tokens."""
+        lengths = self._lengths([(visual, text) for _, visual, text in waiting])
+        kept = [index for (index, _, _), length in zip(waiting, lengths, strict=True) if length <= self.recipe.data.prompt_tokens]
+        if len(kept) < len(waiting):
+            self.dropped["prompt"] += len(waiting) - len(kept)
+        return kept

@@ -22,6 +22,8 @@ SAFE, UNSAFE, UNKNOWN, ABSENT = range(4)
 TEXT, TEXT_IMAGE, IMAGE = range(3)
 CATEGORY_NONE, CATEGORY_NODE, CATEGORY_OOD, CATEGORY_UNKNOWN = range(4)
 
+EVALUATION_ONLY = frozenset({"mossbench"})  # sources whose licence forbids training; the pipeline refuses to train on them
+
 
 @dataclass(frozen=True)
 class Example:

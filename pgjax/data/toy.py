@@ -7,7 +7,7 @@ phrases with known objects in ways that training never does. Everything here is 
 
 * text: the request's phrase decides, the response's phrase decides for the response.
 * image: a picture alone; shape and colour tell the leaf, the colour of a badge tells risky from harmless.
-* text_image: the picture's badge and the text decide together: unsafe is a risky object and a request to use it.
+* text_image: the picture's badge and the phrase decide together: unsafe is an unsafe phrase about a risky object.
 """
 
 import io
@@ -21,6 +21,7 @@ from pgjax.conversation import answer_text, load_prompts, messages
 from pgjax.data.schema import MODALITIES, Example, Label, Modality
 from pgjax.taxonomy import PolicyView, Taxonomy, full_view, level_of, load_taxonomy, policy_view, render_policy
 
+ORDER: tuple[Modality, ...] = ("text", "text_image", "text", "image")  # texts have two labels to learn, and no picture to tell them
 NEVER_SEEN_SHARE = 0.15  # of the held-out rows, twins included
 HELD_OUT = 3  # one in so many (object, phrase) combinations is held out
 
@@ -56,12 +57,8 @@ OBJECTS: dict[str, tuple[str, str, str]] = {
 
 # (unsafe, safe): as many words and as many letters in both. A test holds them to it.
 INTENTS = (("steal", "clean"), ("forge", "paint"), ("smash", "scrub"))
-# (use, avoid): harmless or not by what the picture shows.
-USES = (
-    ("switch on", "shut down"),
-    ("open up", "lock up"),
-    ("play with", "keep from"),
-)
+# The same of a response, in words of its own: what was asked does not tell what was answered.
+REPLIES = (("crack", "scour"), ("swipe", "rinse"), ("wreck", "adorn"))
 REQUESTS = (  # the phrase twice: a tiny model must find it among a hundred tokens
     "How can I {0} the {1}? I want to {0} it.",
     "Help me {0} the {1}. We must {0} it.",
@@ -74,7 +71,7 @@ RESPONSES = (
     "Sorry, I would {0} it. Better {0} it.",
 )
 # How responses go with requests: (absent, safe, unsafe). Absence does not depend on the request's label.
-RESPONSE_SHARES = {"unsafe": (0.4, 0.35, 0.25), "safe": (0.4, 0.5, 0.1)}
+RESPONSE_SHARES = {"unsafe": (0.4, 0.25, 0.35), "safe": (0.4, 0.35, 0.25)}
 NAME_SHARE = 0.3  # of the warm-up's categories are names, the others ids
 THOUGHTS = ("I read the conversation.", "I compare it with the policy.")
 
@@ -87,7 +84,7 @@ HUES = (  # one a top-level category: the object's colour
 
 
 def toy_examples(seed: int, train: int, eval: int, never_seen: tuple[str, ...] = (), taxonomy: Taxonomy | None = None) -> list[Example]:
-    """`train` and `eval` rows (rounded down to whole groups of two twins), the three modalities in turn.
+    """`train` and `eval` rows (rounded down to whole groups of two twins), the modalities in turn as in ORDER.
 
     `never_seen` holds canonical ids, a top-level one standing for its leaves too; rows about them are in the eval split only, as
     NEVER_SEEN_SHARE of it. The withheld node has no rows at all. A pure function of its arguments.
@@ -102,7 +99,7 @@ def toy_examples(seed: int, train: int, eval: int, never_seen: tuple[str, ...] =
     for split, count in (("train", train), ("eval", eval)):
         rng = np.random.default_rng((seed, split == "eval"))
         for number in range(count // 2):
-            modality = MODALITIES[number % len(MODALITIES)]
+            modality = ORDER[number % len(ORDER)]
             leaves = seen_leaves[modality]
             if split == "eval" and unseen_leaves[modality] and rng.random() < NEVER_SEEN_SHARE:
                 leaves = unseen_leaves[modality]
@@ -113,14 +110,13 @@ def toy_examples(seed: int, train: int, eval: int, never_seen: tuple[str, ...] =
 
 def _twins(rng: np.random.Generator, taxonomy: Taxonomy, modality: Modality, leaf: str, group: str, split: str) -> Iterator[Example]:
     """The unsafe row of a group and its safe twin (by request label), in random order so that the order tells nothing."""
-    pairs = USES if modality == "text_image" else INTENTS
     # What a row combines is held out: object and phrase, or in text_image, where all pictures show one object, leaf and phrase.
     items = range(len(OBJECTS[leaf])) if modality == "text" else (0,)
-    choices = [(i, n) for i in items for n in range(len(pairs)) if held_out(leaf, i, n) == (split == "eval")]
+    choices = [(i, n) for i in items for n in range(len(INTENTS)) if held_out(leaf, i, n) == (split == "eval")]
     item, pair = choices[rng.integers(len(choices))]
     frame = REQUESTS[rng.integers(len(REQUESTS))]
     thing = POINTERS[rng.integers(len(POINTERS))] if modality == "text_image" else OBJECTS[leaf][item]
-    reply, reply_pair = RESPONSES[rng.integers(len(RESPONSES))], INTENTS[rng.integers(len(INTENTS))]
+    reply, reply_pair = RESPONSES[rng.integers(len(RESPONSES))], REPLIES[rng.integers(len(REPLIES))]
     absent = rng.random() < RESPONSE_SHARES["safe"][0]
     width, height, scene = int(rng.choice(SIDES)), int(rng.choice(SIDES)), int(rng.integers(2**31))
     through_text = rng.random() < 0.5  # which of the two makes a text-image twin safe
@@ -128,9 +124,9 @@ def _twins(rng: np.random.Generator, taxonomy: Taxonomy, modality: Modality, lea
     if modality == "text_image":
         node = taxonomy.by_id(node.parent or leaf)
     for label in rng.permutation(["unsafe", "safe"]).tolist():
-        badge, intent = label, pairs[pair][label == "safe"]
+        badge, intent = label, INTENTS[pair][label == "safe"]
         if modality == "text_image" and label == "safe":
-            badge, intent = ("unsafe", pairs[pair][1]) if through_text else ("safe", pairs[pair][0])
+            badge, intent = ("unsafe", INTENTS[pair][1]) if through_text else ("safe", INTENTS[pair][0])
         response_label: Label = "absent"
         if modality != "image" and not absent:
             _, safe, unsafe = RESPONSE_SHARES[label]

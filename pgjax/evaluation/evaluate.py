@@ -1,18 +1,24 @@
-"""Greedy answers to a held-out split, and their scores."""
+"""Greedy answers to a held-out split, and what is scored of them."""
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
+from pgjax import automaton as answers
 from pgjax.automaton import Verdict
-from pgjax.bank import Bank
+from pgjax.bank import Bank, build_bank
 from pgjax.data.pipeline import Batch, Pipeline
-from pgjax.data.schema import Gold
-from pgjax.evaluation.metrics import Scores, mean_similarity, summarise
+from pgjax.data.schema import CATEGORY_OOD
+from pgjax.evaluation.metrics import Rows, mean_similarity, retrieval_rank
 from pgjax.generate.decode import Rollout
+from pgjax.generate.labels import label_probability
+from pgjax.models.sentence_encoder import TextEncoder
+from pgjax.models.static_encoder import load_static_encoder
 from pgjax.parallel.mesh import local_rows, place_rows
 
 
@@ -23,27 +29,78 @@ class Answered(NamedTuple):
     rollout: Rollout  # G = 1
     verdict: Verdict  # [P]
     similarity_P: np.ndarray
+    reward_P: np.ndarray
+    terms: dict[str, np.ndarray]  # of the reward, [P] each
+    texts: list[str]  # the answers, [P]
+    scores: dict[str, np.ndarray]  # probability of unsafe on the lines "request" and "response", [P] each; empty when not asked for
 
 
-def answer(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int) -> Iterator[Answered]:
-    """Answers batch by batch. `weights` are the rollout's, `programs` those of grpo/programs.py."""
+def answer(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int, scored: bool) -> Iterator[Answered]:
+    """Answers batch by batch. `weights` are the rollout's, `programs` those of grpo/programs.py; `scored` adds the label scores."""
+    tokenizer, limit = programs.tokenizer, programs.recipe.answer.max_tokens
     for k in range(pipeline.batches(prompts)):
         batch = pipeline.batch(k, prompts)
         prompt, gold = place_rows((batch.prompt, batch.gold), programs.mesh)
         rollout = programs.rollout(weights, prompt, gold, jnp.int32(0), group=1, greedy=True)
         judged = programs.judge(rollout, gold, bank)
         similarity_P = mean_similarity(local_rows(judged.similarity_PGS)[:, 0], local_rows(judged.valid_PS))
-        verdict = jax.tree.map(lambda x: local_rows(x)[:, 0], judged.verdict)
-        yield Answered(batch, jax.tree.map(local_rows, rollout), verdict, similarity_P)
+        verdict, reward_P, terms = jax.tree.map(lambda x: local_rows(x)[:, 0], (judged.verdict, judged.reward_PG, judged.terms))
+        rollout = jax.tree.map(local_rows, rollout)
+        written = zip(rollout.tokens_PGR[:, 0], rollout.length_PG[:, 0], strict=True)
+        texts = [tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in written]
+        scores = {
+            line.lower(): label_probability(programs.score_given, weights, batch.prompt, texts, line, tokenizer, limit)
+            for line in (("Request", "Response") if scored else ())
+        }
+        yield Answered(batch, rollout, verdict, similarity_P, reward_P, terms, texts, scores)
 
 
-def evaluate(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int, seen: Callable[[Answered], None]) -> Scores:
-    """Scores over the whole split (evaluation/metrics.py); `seen` gets each batch, for samples and progress."""
+def evaluate(
+    programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int, seen: Callable[[Answered], None], full: bool = False
+) -> Rows:
+    """The whole split's rows, of all processes, for evaluation/metrics.py; `seen` gets each batch, for samples and progress.
+
+    `bank` holds never-seen nodes too. `full` adds what costs more: label scores (AUROC), the rank of the gold node among all nodes
+    by the reward's embedder (`naming_mrr`, `naming_top1`), and the similarity by another embedder where it is installed (`naming_second`).
+    """
     batches = []
-    for answered in answer(programs, weights, pipeline, bank, prompts):
+    for answered in answer(programs, weights, pipeline, bank, prompts, full):
         seen(answered)
         batches.append(answered)
     join = lambda trees: jax.tree.map(lambda *x: np.concatenate(x), *trees)  # noqa: E731
-    verdict: Verdict = join([b.verdict for b in batches])
-    gold: Gold = join([b.batch.gold for b in batches])
-    return summarise(verdict, gold, np.concatenate([b.similarity_P for b in batches]))
+    verdict, gold, scores = join([(b.verdict, b.batch.gold, b.scores) for b in batches])
+    naming = {"naming": np.concatenate([b.similarity_P for b in batches])}
+    if full:
+        named_P = np.asarray(verdict.parsed & (verdict.kind == answers.NAME) & (gold.category_P == CATEGORY_OOD))
+        texts = [text for b in batches for text in b.texts]
+        names = [answers.category_text(text) if named else None for text, named in zip(texts, named_P, strict=True)]
+        _, rank_P = nearness(names, gold.node_P, programs.embedder, bank)
+        naming |= {"naming_mrr": 1 / rank_P, "naming_top1": np.where(np.isnan(rank_P), np.nan, rank_P == 1)}
+        if second := load_static_encoder():
+            valid_NS = np.asarray(bank.valid_NS)
+            without = [node.id for node, valid_S in zip(pipeline.taxonomy.nodes, valid_NS, strict=True) if not valid_S.any()]
+            naming["naming_second"], _ = nearness(names, gold.node_P, second, build_bank(pipeline.taxonomy, second, without))
+    group_P = np.concatenate([_groups(b.batch, len(b.texts)) for b in batches])
+    return process_allgather(Rows(verdict, gold, group_P, scores, naming), tiled=True)
+
+
+def nearness(names: Sequence[str | None], node_P: np.ndarray, encoder: TextEncoder, bank: Bank) -> tuple[np.ndarray, np.ndarray]:
+    """Mean similarity [P] of each name to its gold node's phrases, and that node's rank [P] among all (`retrieval_rank`).
+
+    Without a name 0 and infinity; NaN where the gold has no phrases.
+    """
+    embedding_NSE, valid_NS = np.asarray(bank.embedding_NSE), np.asarray(bank.valid_NS)
+    has_P = (node_P >= 0) & valid_NS[node_P].any(axis=1)
+    near_P, rank_P = np.where(has_P, 0.0, np.nan), np.where(has_P, np.inf, np.nan)
+    said = np.array([p for p, name in enumerate(names) if name and has_P[p]], int)
+    similarity_PNS = np.einsum("pe,nse->pns", encoder.texts([names[p] or "" for p in said]), embedding_NSE)
+    node = node_P[said]
+    near_P[said] = mean_similarity(similarity_PNS[np.arange(len(said)), node], valid_NS[node])
+    rank_P[said] = retrieval_rank(similarity_PNS, valid_NS, node)
+    return near_P, rank_P
+
+
+def _groups(batch: Batch, P: int) -> np.ndarray:
+    """The rows' groups as numbers that every process gives alike; 0 for rows that only pad."""
+    codes = [zlib.crc32(example.group.encode()) for example, _ in batch.rows]
+    return np.array(codes + [0] * (P - len(codes)), np.uint32)

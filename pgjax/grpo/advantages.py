@@ -32,8 +32,10 @@ def advantages(
 
     equal_P = reward_PG.max(axis=1) == reward_PG.min(axis=1)
     stats = {
-        "reward_mean": mean(reward_PG.mean(axis=1)),
-        "reward_std": mean(reward_PG.std(axis=1)),
+        "rewards/mean": mean(reward_PG.mean(axis=1)),
+        "rewards/max": jnp.max(reward_PG, initial=0.0, where=weight_P[:, None] > 0),
+        "rewards/min": jnp.min(reward_PG, initial=jnp.inf, where=weight_P[:, None] > 0),
+        "group_std": mean(reward_PG.std(axis=1)),
         "frac_zero_std": mean(equal_P.astype(reward_PG.dtype)),
         "sequence_kl": mean(kl_PG.mean(axis=1)),
     }

@@ -17,6 +17,7 @@ from pgjax.bank import Bank, similarity
 from pgjax.config import Recipe
 from pgjax.data.schema import Gold, PromptBatch
 from pgjax.generate.decode import Rollout, decode, encode, prefill
+from pgjax.generate.labels import answer_scorer
 from pgjax.generate.law import Law
 from pgjax.generate.score import Packed, pack, packed_width, per_answer, score
 from pgjax.grpo import losses
@@ -169,6 +170,7 @@ class Programs:
         self._judge = program(judged)
         self.pack = program(lambda r, width: pack(r.tokens_PGR, r.state_PGR, r.length_PG, width), static_argnums=1)
         self.score = program(scored)
+        self.score_given = answer_scorer(model, Law(blocked_V, automaton, jnp.ones((1, 1), bool), R), mesh)
         self.experience = program(experience, (on_rows, everywhere))
         self.update = program(updated, (setup.state_shardings(optimizer), everywhere), donate_argnums=0)
         self.encoder = encoder

@@ -12,25 +12,32 @@ The arrays of a step, where they come from and how they lie (rows: leading axis 
     state            parameters and optimiser, sharded       train/update.py, one update per mini-batch of whole groups
 """
 
+import json
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pgjax.config import Recipe
-from pgjax.data.toy import toy_answers
 from pgjax.evaluation.evaluate import Answered, evaluate
+from pgjax.evaluation.metrics import Scores, ends, summarise, table
+from pgjax.evaluation.samples import sample_rows
+from pgjax.files import remove_folder
 from pgjax.generate.law import Law
 from pgjax.grpo.programs import Judge, Programs, never_sampled
 from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.sft import trainer as sft
 from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.compilations import Compilations
+from pgjax.train.inputs import check_inputs, make_room
 from pgjax.train.materials import Materials, make_materials
 from pgjax.train.progress import Progress
-from pgjax.train.run_folder import RunFolder, read_metrics
+from pgjax.train.report import write_report
+from pgjax.train.run_folder import RunFolder, check_same_run, read_metrics, remove_run
 from pgjax.train.setup import Setup, make_setup
 from pgjax.train.update import TrainState, make_optimizer
 
@@ -64,13 +71,10 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
     law = Law(blocked_V, materials.automaton, jnp.ones((1, 1), bool), recipe.answer.max_tokens)
 
     def answers(batch, step: int):
-        rng, never_seen = np.random.default_rng((recipe.seed, step)), recipe.data.ood.never_seen
+        rng = np.random.default_rng((recipe.seed, step))
         right_P = rng.random(len(batch.rows)) < recipe.sft.label_share
-        texts = [
-            toy_answers(rng, example, view, materials.taxonomy, recipe.sft.answers, bool(right), recipe.answer.think_tag, never_seen)
-            for (example, view), right in zip(batch.rows, right_P, strict=True)
-        ]
-        return texts, right_P
+        rows = zip(batch.rows, right_P, strict=True)
+        return [materials.warm_up_answers(rng, example, view, bool(right)) for (example, view), right in rows], right_P
 
     with Progress("warm-up", recipe.sft.steps, show=show) as progress:
 
@@ -81,60 +85,78 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
         return sft.train(recipe, setup, law, params, materials.train, answers, materials.tokenizer, log)
 
 
-def validate(programs: Programs, materials: Materials, recipe: Recipe, state: TrainState, run: RunFolder, step: int, show: bool) -> None:
-    """Score the held-out split with greedy answers, and write them as samples."""
+def validate(programs: Programs, materials: Materials, recipe: Recipe, state: TrainState, run: RunFolder, step: int, show: bool) -> Scores:
+    """Score the held-out split with greedy answers, write them as samples, and the report anew.
+
+    The first and the last validation are full: label scores, every view of naming, intervals, and evaluation.json.
+    """
     rows: list[dict] = []
+    full = step in (0, recipe.grpo.steps)
 
     def seen(answered: Answered) -> None:
-        rows.extend(sample_rows(answered, materials, recipe.data.name == "toy"))
+        rows.extend(sample_rows(answered, materials, recipe.shows_content))
         progress.update(len(rows))
 
     with Progress("evaluate", len(materials.held_out), show=show) as progress:
         weights = programs.gather(state.params)
-        run.log(step, evaluate(programs, weights, materials.held_out, materials.full_bank, recipe.grpo.validate_prompts, seen), "eval")
+        scored = evaluate(programs, weights, materials.held_out, materials.full_bank, recipe.grpo.validate_prompts, seen, full)
+        scores = summarise(scored)
+        if full:
+            found = table(scored)
+            scores |= ends(found)
+            run.write_json("evaluation.json", {"step": step} | found)
+        run.log(step, scores, "eval")
     run.samples(step, rows)
+    if show:
+        write_report(run.path, recipe.shows_content)
+    return scores
 
 
-def sample_rows(answered: Answered, materials: Materials, content: bool) -> list[dict]:
-    """What samples/STEP.jsonl keeps of each held-out row: ids and codes; the answer's text for generated data alone."""
-    rows = []
-    for p, (example, view) in enumerate(answered.batch.rows):
-        verdict = {name: int(value[p]) for name, value in vars(answered.verdict).items()}
-        row = {
-            "id": example.id,
-            "modality": example.modality,
-            "request_label": example.request_label,
-            "response_label": example.response_label,
-        }
-        row |= {"node": example.node, "shown": [shown for shown, _ in view.entries], "verdict": verdict}
-        if content:
-            length = int(answered.rollout.length_PG[p, 0])
-            row["answer"] = materials.tokenizer.decode(answered.rollout.tokens_PGR[p, 0, :length], skip_special_tokens=True)
-        rows.append(row)
-    return rows
+def due(step: int, every: int, last: int) -> bool:
+    """Every so many steps (0: never), and at the end."""
+    return step == last or (every > 0 and step % every == 0)
 
 
-def train(recipe: Recipe, run_path, fresh: bool = False) -> dict[str, float]:
-    """Run a recipe in its folder, from the last checkpoint there unless `fresh`; returns the summary that it also writes."""
-    began, show = time.monotonic(), jax.process_index() == 0
+def train(recipe: Recipe, run_path: Path, fresh: bool = False) -> dict[str, float]:
+    """Run a recipe in its folder, from the last checkpoint there unless `fresh`; returns the summary that it also writes.
+
+    A killed run, started again, gives the numbers of an unbroken one: all that a step depends on is the checkpoint, the reference and
+    its own number. Raises ValueError when the folder holds the run of another recipe. A run that has ended only gives its summary.
+    """
+    began, show, config = time.monotonic(), jax.process_index() == 0, recipe.grpo
     mesh = make_mesh(recipe.mesh)
-    materials = make_materials(recipe, run_path)
-    setup = make_setup(recipe.model, mesh)
-    config = recipe.grpo
-    optimizer = make_optimizer(config.optimizer, config.steps * (config.prompts // config.mini_prompts))
-    programs = Programs(recipe, setup, optimizer, materials.automaton, materials.tokenizer, Judge(materials.embedder, materials.bank))
+    check_inputs(recipe, mesh)  # before an earlier run is dropped and a folder is made
+    if fresh:
+        remove_run(run_path)
+    new = make_room(run_path)
     checkpoints, references = Checkpoints(run_path / "checkpoints", config.keep_checkpoints), Checkpoints(run_path / "reference", 1)
     start = checkpoints.latest() if references.latest() is not None else None
+    if start is not None:
+        check_same_run(run_path, recipe)
+        ended = run_path / "summary.json"
+        if start == config.steps and ended.exists():
+            print(f"run {run_path} has ended after {start} steps: nothing to do; --fresh starts it over", file=sys.stderr)
+            return json.loads(ended.read_text(encoding="utf-8"))
 
     with RunFolder(run_path, recipe, show, start) as run:
+        try:
+            materials = make_materials(recipe, run_path)
+        except ValueError:  # no data: a folder made for nothing goes again
+            if new and show:
+                remove_folder(run_path)
+            raise
+        setup = make_setup(recipe.model, mesh)
+        optimizer = make_optimizer(config.optimizer, config.steps * (config.prompts // config.mini_prompts))
+        programs = Programs(recipe, setup, optimizer, materials.automaton, materials.tokenizer, Judge(materials.embedder, materials.bank))
         if start is None:
+            checkpoints.clear(), references.clear()
             params = setup.load(recipe.checkpoint) if recipe.checkpoint else setup.init(recipe.seed)
             if recipe.sft.steps:
                 params = warm_up(recipe, setup, materials, params, run, show)
             references.save(0, params)
             state, reference = setup.state(params, optimizer)
-            validate(programs, materials, recipe, state, run, 0, show)
-            checkpoints.save(0, state)
+            scores = validate(programs, materials, recipe, state, run, 0, show)
+            checkpoints.save(0, state, scores.get("request_f1") if config.keep_best else None)
         else:
             state, reference = checkpoints.restore(setup.abstract_state(optimizer)), references.restore(setup.abstract_params())
 
@@ -146,11 +168,12 @@ def train(recipe: Recipe, run_path, fresh: bool = False) -> dict[str, float]:
                 values = {name: float(value) for name, value in metrics.items()}
                 values |= {"perf/time_per_step": time.monotonic() - clock, "perf/compilations": compilations.take()}
                 run.log(step + 1, values)
-                progress.update(step + 1, reward=values["critic/reward_mean"], parsed=values["reward/format"])
-                if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
-                    validate(programs, materials, recipe, state, run, step + 1, show)
-                if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                    checkpoints.save(step + 1, state)
+                progress.update(step + 1, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
+                scores = {}
+                if due(step + 1, config.validate_every, config.steps):
+                    scores = validate(programs, materials, recipe, state, run, step + 1, show)
+                if due(step + 1, config.checkpoint_every, config.steps):
+                    checkpoints.save(step + 1, state, scores.get("request_f1") if config.keep_best else None)
         summary = summarise_run(run_path, time.monotonic() - began)
         run.write_json("summary.json", summary)
     checkpoints.close(), references.close()
@@ -160,7 +183,7 @@ def train(recipe: Recipe, run_path, fresh: bool = False) -> dict[str, float]:
 def summarise_run(run_path, seconds: float) -> dict[str, float]:
     """The run in ten numbers, all read from its own metrics.jsonl; a score that the held-out split does not define is null."""
     rows = read_metrics(run_path)
-    rewards = [row["critic/reward_mean"] for row in rows if row["phase"] == "train"]
+    rewards = [row["critic/rewards/mean"] for row in rows if row["phase"] == "train"]
     scores = [row for row in rows if row["phase"] == "eval"]
     before, after = scores[0], scores[-1]
     summary = {"seconds": round(seconds, 1), "reward_first": float(np.mean(rewards[:10])), "reward_last": float(np.mean(rewards[-10:]))}

@@ -4,17 +4,17 @@ A leaf's path gives its tensor name (`kernel`, `scale` and `embedding` are calle
 number), its shape gives the layout (a checkpoint's `[out, in]` is transposed and reshaped to the leaf).
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pgjax.config import ModelConfig, TextConfig, VisionConfig
+from pgjax.files import read_json
 
 SCANNED = {"layers", "blocks"}
 
@@ -23,7 +23,7 @@ def config_from_hf(path: Path) -> ModelConfig:
     """ModelConfig of a checkpoint directory's config.json (Qwen2.5-VL)."""
     if not (path / "config.json").is_file():
         raise ValueError(f"{path}: no config.json here; point to a Hugging Face checkpoint directory")
-    raw = json.loads((path / "config.json").read_text())
+    raw = read_json(path / "config.json")
     if raw.get("model_type") != "qwen2_5_vl":
         raise ValueError(f"{path / 'config.json'}: model_type {raw.get('model_type')!r} is not supported; it must be qwen2_5_vl")
     t, v = raw.get("text_config", raw), raw["vision_config"]
@@ -91,39 +91,58 @@ def _from_leaf(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
     return np.ascontiguousarray(array.reshape(_matrix(path, array.shape)[::-1]).T)
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, over model.safetensors or all shards."""
+def _headers(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Tensor name -> file and shape, over model.safetensors or all shards."""
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise ValueError(f"{path}: no .safetensors file here; point to a Hugging Face checkpoint directory")
     where = {}
     for file in found:
-        with safe_open(file, "np") as f:
-            where |= dict.fromkeys(f.keys(), file)
+        try:
+            with safe_open(file, "np") as f:
+                where |= {name: (file, tuple(f.get_slice(name).get_shape())) for name in f.keys()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); copy the file again") from error
     return where
 
 
-def load_params(path: Path, abstract, shardings):
-    """Parameters of a checkpoint directory, float32, straight into sharded arrays: a process reads what its devices need.
+def _layer_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one layer's part of a leaf: scanned leaves have a leading axis of layers."""
+    return shape[1:] if SCANNED & set(path) else shape
 
-    `abstract` is the unboxed tree of shapes, `shardings` its tree of NamedShardings. Missing tensors are listed all at once.
+
+def check_params(path: str | Path, abstract) -> dict[str, Path]:
+    """Tensor name -> file of a checkpoint directory that fits `abstract` (the unboxed tree of shapes), read from the headers alone.
+
+    ValueError for a directory without weights, a broken file, missing tensors (all at once) and a tensor of another shape.
     """
-    where = _files(path)
-    leaves = traverse_util.flatten_dict(abstract)
+    path = Path(path)
+    where, leaves = _headers(path), traverse_util.flatten_dict(abstract)
     missing = [n for p, leaf in leaves.items() for n in tensor_names(p, leaf.shape) if n not in where]
     if missing:
         raise ValueError(f"{path}: {len(missing)} tensors are missing: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")
+    for p, leaf in leaves.items():
+        wanted = _matrix(p, _layer_shape(p, leaf.shape))
+        for name in tensor_names(p, leaf.shape):
+            file, shape = where[name]
+            if (*shape[:1], int(np.prod(shape[1:]))) != wanted:
+                raise ValueError(f"{file}: tensor {name} has shape {shape}; the recipe's model asks for {wanted}")
+    return {name: file for name, (file, _) in where.items()}
+
+
+def load_params(path: str | Path, abstract, shardings):
+    """Parameters of a checkpoint directory, float32, straight into sharded arrays: a process reads what its devices need.
+
+    `abstract` is the unboxed tree of shapes, `shardings` its tree of NamedShardings. Errors as in `check_params`.
+    """
+    where, leaves = check_params(path, abstract), traverse_util.flatten_dict(abstract)
 
     def load(p, leaf, sharding):
-        names = tensor_names(p, leaf.shape)
-        layer_shape = leaf.shape if len(names) == 1 and not SCANNED & set(p) else leaf.shape[1:]
+        names, layer_shape = tensor_names(p, leaf.shape), _layer_shape(p, leaf.shape)
 
         def read(name):
             with safe_open(where[name], "np") as f:
-                tensor = f.get_tensor(name)
-            if (*tensor.shape[:1], int(np.prod(tensor.shape[1:]))) != _matrix(p, layer_shape):
-                raise ValueError(f"{where[name]}: tensor {name} has shape {tensor.shape}; config.json asks for {_matrix(p, layer_shape)}")
-            return _to_leaf(tensor.astype(np.float32), p, layer_shape)
+                return _to_leaf(f.get_tensor(name).astype(np.float32), p, layer_shape)
 
         def shard(index):
             if layer_shape == leaf.shape:

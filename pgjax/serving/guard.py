@@ -1,32 +1,37 @@
 """A trained guard as one object: a conversation in, a verdict out."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer
 
 from pgjax import automaton as answers
 from pgjax.automaton import Automaton
 from pgjax.config import OODConfig, Recipe
-from pgjax.data.pipeline import Pipeline
+from pgjax.data.pipeline import Batch, Renderer
 from pgjax.data.schema import LABELS, Example
-from pgjax.generate.decode import decode, encode, prefill
+from pgjax.generate.decode import Rollout, decode, encode, prefill
+from pgjax.generate.labels import Scorer, answer_scorer, label_probability
 from pgjax.generate.law import Law
 from pgjax.grpo.programs import never_sampled
-from pgjax.parallel.mesh import make_mesh
-from pgjax.taxonomy import Taxonomy, load_taxonomy
+from pgjax.parallel.mesh import make_mesh, place_rows
+from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy
+from pgjax.tokenizer import load_tokenizer
 from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.materials import cache_dir, grid
 from pgjax.train.run_folder import read_config
 from pgjax.train.setup import Setup, make_setup
 from pgjax.train.update import make_optimizer
 
-NAME_LIMIT = 80  # characters of a free name that are shown
+ROWS = 8  # conversations in a batch; a lone one is a batch of its own
+NAME_LIMIT, REASONING_LIMIT = 80, 2000  # characters that are shown
 
 
 @dataclass(frozen=True)
@@ -34,70 +39,114 @@ class Guard:
     recipe: Recipe
     setup: Setup
     weights: dict
-    tokenizer: object
+    tokenizer: Any
     taxonomy: Taxonomy
     automaton: Automaton
 
     @classmethod
-    def load(cls, run: Path, policy: Path | None = None) -> "Guard":
-        """The newest checkpoint of a run folder. `policy` is a taxonomy file of the user's own."""
+    def load(cls, run: Path, policy: Path | None = None, best: bool = False) -> "Guard":
+        """The newest checkpoint of a run folder, or the `best` (grpo.keep_best). `policy` is a taxonomy file of the user's own."""
         recipe = read_config(run)
         taxonomy = load_taxonomy(policy or recipe.data.taxonomy)
-        tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+        tokenizer = load_tokenizer(run / "tokenizer")
         setup = make_setup(recipe.model, make_mesh(recipe.mesh))
-        checkpoints = Checkpoints(run / "checkpoints", recipe.grpo.keep_checkpoints)
+        checkpoints = Checkpoints(run / "checkpoints")
         updates = recipe.grpo.steps * (recipe.grpo.prompts // recipe.grpo.mini_prompts)
-        state = checkpoints.restore(setup.abstract_state(make_optimizer(recipe.grpo.optimizer, updates)))
+        abstract = setup.abstract_state(make_optimizer(recipe.grpo.optimizer, updates))
+        state = checkpoints.restore(abstract, checkpoints.best() if best else None)
         checkpoints.close()
         with jax.set_mesh(setup.mesh):
             weights = jax.jit(setup.cast, out_shardings=setup.rollout)(state.params)
         automaton = answers.build(tokenizer, grid(taxonomy), recipe.answer.think_tag, recipe.model.text.vocab, cache_dir())
         return cls(recipe, setup, weights, tokenizer, taxonomy, automaton)
 
-    def moderate(self, examples: list[Example], categories: Sequence[str] = ()) -> list[dict]:
-        """One verdict per conversation, greedy and under the automaton, so that every answer ends and parses.
+    def moderate(self, examples: Sequence[Example], categories: Sequence[str] = ()) -> list[dict]:
+        """One verdict per conversation, in order; greedy and under the automaton, so that every answer ends and parses.
 
-        `categories` names the taxonomy ids that the prompt's policy lists; none means all. Keys: request, response (safe, unsafe or
-        null), category_id (of the policy, or null), category_name, in_policy, reasoning, parsed, not_a_guard. Raises ValueError for a
-        conversation that does not fit the recipe's prompt (too long, unreadable image).
+        `categories` names the taxonomy ids that the prompt's policy lists; none means all. Keys: request, response (as the answer labels
+        them: safe, unsafe; null for the response to an image alone), category_id (of the policy, or null), category_name, in_policy
+        (null where all is safe), reasoning, scores {request, response} (probability of unsafe, not calibrated; null where there is no
+        such line), parsed, not_a_guard. Raises ValueError for a conversation that cannot be shown whole, before any is answered.
         """
-        listed = {leaf.id for id in categories for leaf in self.taxonomy.children(id) or (self.taxonomy.by_id(id),)}
-        hidden = tuple(leaf.id for leaf in self.taxonomy.leaves if listed and leaf.id not in listed)
-        ood = OODConfig(share=0.0, shuffle=False, never_seen=hidden)
-        recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, ood=ood))
-        pipeline = Pipeline(examples, self.taxonomy, self.tokenizer, recipe, examples[0].split, self.automaton.ids)
-        if pipeline.dropped:
-            raise ValueError(f"inputs do not fit this model's prompt: {dict(pipeline.dropped)}; list fewer categories or shorten the input")
-        batch = pipeline.batch(0, len(examples))
-        model, blocked_V = self.setup.model, jnp.asarray(never_sampled(self.tokenizer, self.recipe.model.text.vocab))
+        return list(self.verdicts(examples, categories))
 
-        def run(weights, prompt, gold):
-            outcome_PJ = answers.outcome_mask(self.automaton, gold.node_of_id_PK)
-            law = Law(blocked_V, self.automaton, outcome_PJ, self.recipe.answer.max_tokens, constrained=True)
+    def verdicts(self, examples: Sequence[Example], categories: Sequence[str] = ()) -> Iterator[dict]:
+        """As `moderate`, each batch when it is done. All conversations are checked before this returns."""
+        renderer = self._renderer(tuple(categories))
+        data = self.recipe.data
+        reasons = {
+            "prompt": f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model; "
+            "list fewer categories or shorten the conversation",
+            "patches": f"the images take more than the {data.patches} patches of the model; give smaller ones",
+            "image": "the image cannot be read",
+        }
+        for example in examples:
+            if reason := renderer.unfit(example):
+                raise ValueError(f"{example.id}: {reasons[reason]}")
+        rows = 1 if len(examples) == 1 else ROWS
+        return (verdict for i in range(0, len(examples), rows) for verdict in self._answer(renderer.show(examples[i : i + rows], rows)))
+
+    @cached_property
+    def _renderer(self) -> Callable[[tuple[str, ...]], Renderer]:
+        """Conversations beside a policy of these categories, as arrays; the last few are kept."""
+
+        def make(categories: tuple[str, ...]) -> Renderer:
+            listed = {leaf.id for id in categories for leaf in self.taxonomy.children(id) or (self.taxonomy.by_id(id),)}
+            hidden = tuple(leaf.id for leaf in self.taxonomy.leaves if listed and leaf.id not in listed)
+            if not full_view(self.taxonomy, "leaf", hidden).entries:
+                raise ValueError("no category is left to list; --categories names reserved ones alone")
+            recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, ood=OODConfig(never_seen=hidden)))
+            return Renderer(self.taxonomy, self.tokenizer, recipe, self.automaton.ids)
+
+        return functools.lru_cache(16)(make)
+
+    @cached_property
+    def _programs(self) -> tuple[Callable[..., Rollout], Scorer]:
+        """The answering program (weights, prompt, gold) and the scoring one; each compiles once for a number of rows."""
+        model, config, mesh = self.setup.model, self.recipe, self.setup.mesh
+        blocked_V = jnp.asarray(never_sampled(self.tokenizer, config.model.text.vocab))
+
+        def law(outcome_PJ: jax.Array, constrained: bool) -> Law:
+            return Law(blocked_V, self.automaton, outcome_PJ, config.answer.max_tokens, constrained=constrained)
+
+        @jax.jit
+        def answer(weights, prompt, gold) -> Rollout:
+            law_P = law(answers.outcome_mask(self.automaton, gold.node_of_id_PK), True)
             start = prefill(model, weights, prompt, encode(model, weights, prompt))
-            return decode(model, weights, prompt, gold.modality_P, start, law, jax.random.key(0), jnp.int32(0), group=1, greedy=True)
+            return decode(model, weights, prompt, gold.modality_P, start, law_P, jax.random.key(0), jnp.int32(0), group=1, greedy=True)
 
+        return answer, answer_scorer(model, law(jnp.ones((1, 1), bool), False), mesh)
+
+    def _answer(self, batch: Batch) -> list[dict]:
+        """Verdicts of a batch's real rows."""
+        answer, scorer = self._programs
         with jax.set_mesh(self.setup.mesh):
-            rollout = jax.tree.map(np.asarray, jax.jit(run)(self.weights, batch.prompt, batch.gold))
-        verdict = jax.tree.map(np.asarray, answers.verdict(self.automaton, rollout.final_PG))
-        return [self._describe(p, batch.gold, rollout, verdict) for p in range(len(examples))]
+            rollout = jax.tree.map(np.asarray, answer(self.weights, *place_rows((batch.prompt, batch.gold), self.setup.mesh)))
+        written = zip(rollout.tokens_PGR[:, 0], rollout.length_PG[:, 0], strict=True)
+        texts = [self.tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in written]
+        limit = self.recipe.answer.max_tokens
+        scores = {
+            line.lower(): label_probability(scorer, self.weights, batch.prompt, texts, line, self.tokenizer, limit)
+            for line in ("Request", "Response")
+        }
+        verdict = jax.tree.map(lambda x: np.asarray(x)[:, 0], answers.verdict(self.automaton, rollout.final_PG))
+        return [self._describe(p, texts[p], verdict, np.asarray(batch.gold.node_of_id_PK), scores) for p in range(len(batch.rows))]
 
-    def _describe(self, p: int, gold, rollout, verdict) -> dict:
-        text = self.tokenizer.decode(rollout.tokens_PGR[p, 0, : rollout.length_PG[p, 0]], skip_special_tokens=True)
+    def _describe(self, p: int, text: str, verdict: answers.Verdict, node_of_id_PK: np.ndarray, scores: dict[str, np.ndarray]) -> dict:
         label = lambda code: LABELS[code] if LABELS[code] in ("safe", "unsafe") else None  # noqa: E731
-        kind, id = int(verdict.kind[p, 0]), int(verdict.id[p, 0])
-        shown = self.automaton.ids[id] if kind == answers.ID else None
-        node = int(gold.node_of_id_PK[p, id]) if shown else -1
+        kind, id = int(verdict.kind[p]), int(verdict.id[p])
+        node = int(node_of_id_PK[p, id]) if kind == answers.ID else -1
         name = answers.category_text(text) if kind == answers.NAME else None
         think = text.partition(f"<{self.recipe.answer.think_tag}>")[2].partition(f"</{self.recipe.answer.think_tag}>")[0]
         return {
-            "request": label(int(verdict.request[p, 0])),
-            "response": label(int(verdict.response[p, 0])),
-            "category_id": shown,
+            "request": label(verdict.request[p]),
+            "response": label(verdict.response[p]),
+            "category_id": self.automaton.ids[id] if kind == answers.ID else None,
             "category_name": self.taxonomy.nodes[node].name if node >= 0 else printable(name, NAME_LIMIT) if name else None,
-            "in_policy": node >= 0 if kind != answers.NONE else None,
-            "reasoning": printable(think, 2000),
-            "parsed": bool(verdict.parsed[p, 0]),
+            "in_policy": node >= 0 if kind in (answers.ID, answers.NAME) else None,
+            "reasoning": printable(think, REASONING_LIMIT),
+            "scores": {line: None if np.isnan(score_P[p]) else round(float(score_P[p]), 6) for line, score_P in scores.items()},
+            "parsed": bool(verdict.parsed[p]),
             "not_a_guard": self.recipe.not_a_guard,
         }
 
@@ -105,25 +154,3 @@ class Guard:
 def printable(text: str, limit: int) -> str:
     """What a guard writes is untrusted: one line, printable characters, bounded."""
     return "".join(c if c.isprintable() else " " for c in text).strip()[:limit]
-
-
-def conversation(request: str | None, response: str | None, image: bytes | None, id: str = "input") -> Example:
-    """An unlabelled conversation; which modality it is follows from what is there. ValueError when nothing is."""
-    if request is None and image is None:
-        raise ValueError("nothing to moderate: give --request, --image or both (a --response alone needs the request it answers)")
-    if request is None and response is not None:
-        raise ValueError("a response to an image without a request cannot be judged: give --request too")
-    modality = "text" if image is None else "image" if request is None else "text_image"
-    return Example(
-        id=id,
-        group=id,
-        source="input",
-        modality=modality,
-        request=request,
-        response=response,
-        images=() if image is None else (image,),
-        request_label="unknown",
-        response_label="unknown" if response is not None else "absent",
-        category="unknown",
-        split="input",
-    )

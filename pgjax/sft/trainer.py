@@ -1,7 +1,8 @@
 """The supervised stage: maximise the log-probability of given answers. It shares rows, scoring and update with GRPO.
 
 The warm-up of a toy recipe gives the right labels on a stated share of the prompts; on the others labels are drawn at random and
-their tokens carry no loss, so that format, ids and names are learnt everywhere and labels from that share alone.
+their tokens carry no loss, so that format, ids and names are learnt everywhere and labels from that share alone. The tokens of right
+labels weigh more in turn, by the inverse of the share: the expected loss is that of labels everywhere.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ def train(
 
     def step(state, batch, tokens_PGR, length_PG, right_P):
         packed = pack(tokens_PGR, jnp.zeros_like(tokens_PGR), length_PG, config.answers * R)
-        weight_PQ = packed.mask_PQ * (right_P[:, None] | ~label_V[packed.tokens_PQ])
+        label_weight_P = right_P / config.label_share  # so that labels weigh as if all prompts had them
+        weight_PQ = packed.mask_PQ * jnp.where(label_V[packed.tokens_PQ], label_weight_P[:, None], 1.0)
         return update(state, optimizer, loss_sum, (batch, packed, weight_PQ), weight_PQ.sum(), 1)
 
     everywhere = replicated(mesh)

@@ -13,18 +13,29 @@ class Checkpoints:
     processes call `save` and `restore`; each writes and reads its own shards.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 3):
-        """`keep` newest checkpoints stay; the folder is made when it is missing."""
-        self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False),
-        )
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, keep: int | None = None):
+        """For the run that writes: the `keep` newest stay, and the best; the folder is made, and what a killed run left is removed.
 
-    def save(self, step: int, state: Any) -> None:
-        """Writes `state`, any pytree of jax arrays, and returns when it is safe. A step that is there already is not written again."""
+        Without `keep`, for reading beside it: nothing is made or removed.
+        """
+        self.folder, self._keep = Path(folder), keep
+        options = ocp.CheckpointManagerOptions(
+            create=keep is not None,
+            cleanup_tmp_directories=keep is not None,
+            enable_async_checkpointing=False,
+            best_fn=lambda metrics: metrics["score"],  # without one, orbax writes no metrics
+        )
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        self._thin_out()
+
+    def save(self, step: int, state: Any, score: float | None = None) -> None:
+        """Writes `state`, any pytree of jax arrays, and returns when it is safe. A step that is there already is not written again.
+
+        `score`, the higher the better, makes it a candidate for the best.
+        """
         if step not in self.steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+            self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"score": score}, force=True)
+            self._thin_out()
 
     def restore(self, abstract: Any, step: int | None = None) -> Any:
         """The state of `step` (default the latest), placed as `abstract` says: jax.ShapeDtypeStruct with shardings, or arrays.
@@ -40,17 +51,30 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this recipe: {reason}") from error
 
-    def rewind(self, step: int = -1) -> None:
-        """Deletes checkpoints after `step`; a run that starts afresh in an old folder deletes all of them."""
-        for later in (found for found in self.steps() if found > step):
-            self._manager.delete(later)
+    def clear(self) -> None:
+        """Deletes all of them, for a run that starts afresh."""
+        self._delete(self.steps())
 
     def latest(self) -> int | None:
         """The newest step, or None."""
         return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the highest score, the newest of equals; None when none has a score."""
+        scores = {step: (self._manager.metrics(step) or {}).get("score") for step in self.steps()}
+        return max((step for step in scores if scores[step] is not None), key=lambda step: (scores[step], step), default=None)
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def close(self) -> None:
         self._manager.close()
+
+    def _thin_out(self) -> None:
+        """Not left to orbax, which does it after a save only: a deletion that was cut short would stay when nothing is saved any more."""
+        if self._keep is not None:
+            self._delete([step for step in self.steps()[: -self._keep] if step != self.best()])
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            self._manager.delete(step)

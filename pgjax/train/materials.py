@@ -1,11 +1,13 @@
 """What a recipe trains on and is judged by: taxonomy, examples, tokenizer, automaton, prompts, sentence encoder and bank."""
 
+import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from transformers import AutoTokenizer
+import numpy as np
 
 from pgjax import automaton as answers
 from pgjax.automaton import Automaton
@@ -13,11 +15,14 @@ from pgjax.bank import Bank, build_bank, calibrate, load_bank
 from pgjax.config import Recipe
 from pgjax.data.build import build_dataset, read_dataset
 from pgjax.data.pipeline import Pipeline
+from pgjax.data.rows import own_rows
 from pgjax.data.schema import Example
-from pgjax.data.toy import toy_examples, toy_texts
+from pgjax.data.sources.mix import public_mix
+from pgjax.data.toy import toy_answers, toy_examples, toy_texts
+from pgjax.files import new_folder, replace_file
 from pgjax.models.sentence_encoder import Embedder, load_embedder
-from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy
-from pgjax.tokenizer import train_byte_bpe
+from pgjax.taxonomy import PolicyView, Taxonomy, full_view, load_taxonomy
+from pgjax.tokenizer import load_tokenizer, train_byte_bpe
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Materials:
     bank: Bank  # of training: never-seen nodes have no row
     full_bank: Bank  # of evaluation: every node but the reserved
     report: list[str]  # the bank's calibration, for people
+    # (randomness, row, its policy, are the labels to be right) -> `sft.answers` texts
+    warm_up_answers: Callable[[np.random.Generator, Example, PolicyView, bool], list[str]]
 
 
 def grid(taxonomy: Taxonomy) -> tuple[str, ...]:
@@ -42,14 +49,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PGJAX_CACHE", Path.home() / ".cache" / "pgjax"))
 
 
-def make_tokenizer(recipe: Recipe, examples: list[Example], taxonomy: Taxonomy, folder: Path):
-    """The checkpoint's tokenizer, or a byte-level BPE trained on the generated data; kept in the run folder."""
-    if recipe.tokenizer_vocab:
-        tokenizer = train_byte_bpe(toy_texts(examples, taxonomy, recipe), recipe.tokenizer_vocab)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.checkpoint)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+def make_tokenizer(recipe: Recipe, examples: Sequence[Example], taxonomy: Taxonomy, folder: Path):
+    """The checkpoint's tokenizer, or a byte-level BPE trained on the training split's texts; made once and kept in the run folder."""
+    if not folder.exists():
+        if recipe.tokenizer_vocab:
+            tokenizer = train_byte_bpe(toy_texts(examples, taxonomy, recipe), recipe.tokenizer_vocab)
+        else:
+            tokenizer = load_tokenizer(recipe.checkpoint)
+        with new_folder(folder) as aside:
+            tokenizer.save_pretrained(aside)
+    return load_tokenizer(folder)
 
 
 def withheld(taxonomy: Taxonomy, never_seen: tuple[str, ...] = ()) -> set[str]:
@@ -73,20 +82,39 @@ def make_banks(recipe: Recipe, taxonomy: Taxonomy, embedder: Embedder) -> tuple[
     return bank, full.replace(max_threshold=bank.max_threshold, mean_threshold=bank.mean_threshold), lines
 
 
+def make_examples(recipe: Recipe, taxonomy: Taxonomy) -> tuple[list[Example], dict[str, dict[str, int]]]:
+    """The rows of `data.name`, and by source how many were left out for which reason."""
+    data = recipe.data
+    if data.name == "toy":
+        return toy_examples(recipe.seed, data.train_examples, data.eval_examples, data.ood.never_seen), {}
+    if data.name == "public_mix":
+        return public_mix(data, taxonomy)
+    return own_rows(data.root, taxonomy), {}
+
+
 def make_materials(recipe: Recipe, folder: Path) -> Materials:
     """Build what is missing under `folder` (data/, tokenizer/) and load the rest."""
-    data = recipe.data
-    taxonomy = load_taxonomy(data.taxonomy)
-    if data.name != "toy":
-        raise ValueError(f"data.name {data.name!r} is not a source that can be built; this version has 'toy'")
-    if not (folder / "data").exists():
-        build_dataset(toy_examples(recipe.seed, data.train_examples, data.eval_examples, data.ood.never_seen), folder / "data")
-    train, held_out = (read_dataset(folder / "data", split) for split in ("train", "eval"))
-    tokenizer = make_tokenizer(recipe, list(train), taxonomy, folder / "tokenizer")
+    taxonomy = load_taxonomy(recipe.data.taxonomy)
+    dataset = folder / "data"
+    if not dataset.exists():
+        examples, left_out = make_examples(recipe, taxonomy)
+        build_dataset(examples, dataset)
+        replace_file(dataset / "left_out.json", json.dumps(left_out, indent=1) + "\n")
+    rows = {split: read_dataset(dataset, split) for split in ("train", "eval")}
+    tokenizer = make_tokenizer(recipe, rows["train"], taxonomy, folder / "tokenizer")
     ids = grid(taxonomy)
     vocab = recipe.model.text.vocab
     automaton = answers.build(tokenizer, ids, recipe.answer.think_tag, vocab=vocab, cache_dir=cache_dir())
     share = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    pipelines = (Pipeline(rows, taxonomy, tokenizer, recipe, split, ids, **share) for split, rows in (("train", train), ("eval", held_out)))
+    train, held_out = (
+        Pipeline(rows[split], taxonomy, tokenizer, recipe, split, ids, **share, cache=dataset / f"fit_{split}.json") for split in rows
+    )
     embedder = load_embedder(recipe.reward.embedder)
-    return Materials(taxonomy, tokenizer, automaton, *pipelines, embedder, *make_banks(recipe, taxonomy, embedder))
+
+    def warm_up_answers(rng: np.random.Generator, example: Example, view: PolicyView, right: bool) -> list[str]:
+        # Format, ids and names from the prompt's policy alone: nothing in these answers is about the toy, so every source has them.
+        never_seen = recipe.data.ood.never_seen
+        return toy_answers(rng, example, view, taxonomy, recipe.sft.answers, right, recipe.answer.think_tag, never_seen)
+
+    banks = make_banks(recipe, taxonomy, embedder)
+    return Materials(taxonomy, tokenizer, automaton, train, held_out, embedder, *banks, warm_up_answers)

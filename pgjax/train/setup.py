@@ -31,7 +31,7 @@ class Setup:
         with jax.set_mesh(self.mesh):
             return jax.jit(init, out_shardings=self.training)(jax.random.key(seed))
 
-    def load(self, path: Path) -> dict:
+    def load(self, path: str | Path) -> dict:
         """Parameters of a Hugging Face checkpoint directory."""
         return load_params(path, self.abstract, self.training)
 

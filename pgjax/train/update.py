@@ -26,12 +26,13 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip (0: none); the schedule runs over `updates` optimiser steps."""
+    """AdamW behind a global-norm clip (0: none); the schedule falls over `updates` optimiser steps unless the config says how many."""
     rate, warm = config.learning_rate, config.warmup_steps
+    falling = max((config.decay_updates or updates) - warm, 1)
     after = {
         "constant": lambda: optax.constant_schedule(rate),
-        "linear": lambda: optax.linear_schedule(rate, 0.0, max(updates - warm, 1)),
-        "cosine": lambda: optax.cosine_decay_schedule(rate, max(updates - warm, 1)),
+        "linear": lambda: optax.linear_schedule(rate, 0.0, falling),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, falling),
     }[config.schedule]()
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warm), after], [warm]) if warm else after
     adam = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
@@ -69,5 +70,5 @@ def update(
     gradient = jax.tree.map(lambda g: g / jnp.maximum(number, 1e-30), gradient)
     step, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     metrics = {name: total / jnp.maximum(count, 1e-30) for name, (total, count) in pairs.items()}
-    metrics["actor/grad_norm"] = optax.global_norm(gradient)
+    metrics["actor/grad_norm"] = optax.tree.norm(gradient)
     return TrainState(state.updates + 1, optax.apply_updates(state.params, step), opt_state), metrics

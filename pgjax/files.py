@@ -1,0 +1,50 @@
+"""Files and folders that are whole or absent, whenever the process is killed: written aside, then renamed. And JSON, read with care."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. ValueError names the file that cannot be read, is cut off or holds something else."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{file} is not whole JSON ({error}); copy or make the file again") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} must hold a JSON object")
+    return data
+
+
+def replace_file(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never half of it."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` at the end. What an earlier, killed attempt left is removed first."""
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Renames before it deletes, so that nobody takes what is half deleted for whole; a folder that is not there is fine."""
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        os.replace(path, aside)
+        shutil.rmtree(aside)

@@ -1,0 +1,86 @@
+"""How sure a guard is of a label: the probability of unsafe against safe on one line of its answer (DESIGN idea 2).
+
+A label is not one token, and tokenizers part the two differently (`:s|afe`, `:|unsafe`), so nothing can be read off a single state.
+The answer is cut before the label, closed once with safe and once with unsafe, and both are scored as two answers to one prompt.
+Not calibrated: it orders inputs, but 0.9 is no promise of nine in ten.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import expit
+
+from pgjax.data.schema import PromptBatch
+from pgjax.generate.law import Law
+from pgjax.generate.score import pack, score
+from pgjax.models.qwen2_5_vl import Qwen25VL
+from pgjax.parallel.mesh import constrain, local_rows, place_rows
+
+Line = Literal["Request", "Response"]
+Scorer = Callable[[dict, PromptBatch, np.ndarray, np.ndarray], np.ndarray]
+
+_UP_TO_LABEL = {
+    "Request": re.compile(r"<answer>\r?\nRequest:"),
+    "Response": re.compile(r"<answer>\r?\nRequest:[^\r\n]*\r?\nResponse:"),
+}
+
+
+def label_prefixes(text: str, line: Line) -> tuple[str, str] | None:
+    """An answer's text up to the label of that line, closed with safe and with unsafe; None where the answer has no such line.
+
+    The rest of the answer need not be in format. The last place counts: reasoning may spell an answer too.
+    """
+    places = list(_UP_TO_LABEL[line].finditer(text))
+    if not places:
+        return None
+    before = text[: places[-1].end()]
+    return before + "safe", before + "unsafe"
+
+
+def answer_scorer(model: Qwen25VL, law: Law, mesh) -> Scorer:
+    """The scoring program for given answers: (params, prompt, tokens_PGR, length_PG) -> logprobs, float32 numpy [P, G * R], packed.
+
+    `prompt` is numpy, as `Pipeline.batch` gives it; each process passes its own rows and gets them back. Compiled once for each
+    shape. `law` must not be constrained: given answers have no automaton states here.
+    """
+    if law.constrained:
+        raise ValueError("answer_scorer: given answers are scored under an unconstrained law")
+
+    @jax.jit
+    def program(params, prompt: PromptBatch, tokens_PGR, length_PG):
+        _, G, R = tokens_PGR.shape
+        packed = pack(tokens_PGR, jnp.zeros_like(tokens_PGR), length_PG, G * R)
+        return constrain(score(model, params, prompt, packed, law, entropy=False)[0], "batch", None)
+
+    def scorer(params, prompt, tokens_PGR, length_PG):
+        with jax.set_mesh(mesh):
+            return local_rows(program(params, *place_rows((prompt, tokens_PGR, length_PG), mesh)))
+
+    return scorer
+
+
+def label_probability(
+    scorer: Scorer, params: dict, prompt: PromptBatch, texts_P: Sequence[str], line: Line, tokenizer, limit: int
+) -> np.ndarray:
+    """Probability of unsafe, float64 [P]: the softmax of both labels' logprobs after each answer's own words. `limit` is R.
+
+    NaN where the answer has no such line, or has more than R tokens when its text is tokenized again (bytes that were no UTF-8).
+    """
+    tokens_PGR, length_PG = np.zeros((len(texts_P), 2, limit), np.int32), np.zeros((len(texts_P), 2), np.int32)
+    for p, text in enumerate(texts_P):
+        ids = [tokenizer(closed, add_special_tokens=False)["input_ids"] for closed in label_prefixes(text, line) or ()]
+        if ids and max(map(len, ids)) <= limit:
+            for g, tokens in enumerate(ids):
+                tokens_PGR[p, g, : len(tokens)], length_PG[p, g] = tokens, len(tokens)
+    logp_PQ = scorer(params, prompt, tokens_PGR, length_PG).astype(np.float64)
+    probability_P = np.full(len(texts_P), np.nan)
+    for p, (safe, unsafe) in enumerate(length_PG):
+        if safe:
+            # What both share cancels; left out, it cannot cancel badly.
+            shared = int(np.argmin(tokens_PGR[p, 0, : min(safe, unsafe)] == tokens_PGR[p, 1, : min(safe, unsafe)]))
+            probability_P[p] = expit(logp_PQ[p, safe + shared : safe + unsafe].sum() - logp_PQ[p, shared:safe].sum())
+    return probability_P
