@@ -51,7 +51,7 @@ recipe = Recipe(
     rollout=RolloutConfig(group=8),
     reward=RewardConfig(name_tokens=12),
     sft=SFTConfig(
-        steps=150, prompts=32, label_share=0.5, optimizer=OptimizerConfig(learning_rate=3e-3, b2=0.98, schedule="cosine", warmup_steps=10)
+        steps=240, prompts=16, label_share=0.5, optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", warmup_steps=10)
     ),
     grpo=GRPOConfig(
         steps=200,

@@ -53,7 +53,7 @@ recipe = Recipe(
         optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", decay_updates=120, warmup_steps=10),
     ),
     grpo=GRPOConfig(
-        steps=100,
+        steps=75,
         prompts=8,
         mini_prompts=8,
         micro_prompts=8,

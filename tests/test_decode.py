@@ -30,7 +30,7 @@ def law(automaton, gold, constrained=False) -> Law:
 @functools.partial(jax.jit, static_argnames=("group", "greedy"), compiler_options=QUICK)
 def rollout(params, law, prompts, gold, step=0, group=G, greedy=False):
     start = prefill(MODEL, params, prompts, encode(MODEL, params, prompts))
-    return decode(MODEL, params, prompts, gold.modality_P, start, law, jax.random.key(1), step, group=group, greedy=greedy)
+    return decode(MODEL, params, prompts, gold.modality_P, start, law, jax.random.key(3), step, group=group, greedy=greedy)
 
 
 @functools.cache
