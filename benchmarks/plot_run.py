@@ -13,7 +13,12 @@ import numpy as np
 
 from pgjax.train.run_folder import read_metrics
 
-SCORES = {"request_f1": "request F1 (unsafe)", "ood_f1": "OOD detection F1", "category_accuracy": "category accuracy"}
+SCORES = {
+    "request_f1": "request F1 (unsafe)",
+    "response_f1": "response F1 (unsafe)",
+    "category_accuracy": "category accuracy",
+    "ood_f1": "OOD detection F1",
+}
 
 
 def draw(run: str, out: str) -> None:
@@ -29,7 +34,7 @@ def draw(run: str, out: str) -> None:
     for name, label in SCORES.items():
         points = [(row["step"], row[name]) for row in scores if row.get(name) is not None]
         right.plot(*zip(*points, strict=True), marker="o", label=label)
-    right.set(title=f"held-out split, {scores[0]['n']:.0f} prompts, greedy answers", xlabel="GRPO step", ylim=(0, 1))
+    right.set(title=f"held-out split, {scores[0]['n']:.0f} prompts, greedy answers", xlabel="GRPO step", ylim=(-0.02, 1.02))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
