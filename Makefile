@@ -19,9 +19,9 @@ demo: .venv/.installed
 test: $(TEST_DEPS)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 
-# Tests that kill processes or take minutes. pytest says 5 when there is none.
+# Tests that kill processes or take minutes.
 drills: $(TEST_DEPS)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m drill || test $$? -eq 5
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m drill
 
 lint: .venv/.test
 	$(BIN)/ruff check .

@@ -237,4 +237,4 @@ def table(explained: dict[str, Any]) -> str:
         lines.append("  ".join([f"{row['line']:>5}", *(f"{row[name]:>8.3f}" for name in terms), ", ".join(filter(None, says))]))
     mean = sum(row["reward"] for row in explained["rows"]) / len(explained["rows"])
     thresholds = f"thresholds {explained['max_threshold']:.3f} (largest) and {explained['mean_threshold']:.3f} (mean)"
-    return "\n".join([*lines, f"mean reward {mean:.3f} of {len(explained['rows'])}; variant {explained['variant']}, {thresholds}"])
+    return "\n".join([*lines, f"mean reward of {len(explained['rows'])} answers: {mean:.3f}; variant {explained['variant']}, {thresholds}"])

@@ -176,7 +176,7 @@ def test_the_command_prints_one_json_object_or_a_table(tmp_path, capsys, no_embe
     assert command(capsys, "--jsonl", path)["variant"] == "strict"
     assert main(["reward", "--jsonl", path]) == 0
     printed = capsys.readouterr().out
-    assert "2.625" in printed and "not in format" in printed and "mean reward 1.312 of 2" in printed
+    assert "2.625" in printed and "not in format" in printed and "mean reward of 2 answers: 1.312" in printed
     assert "Loose" not in printed and "Loose" not in json.dumps(said)  # what an answer or a row says in words stays in the file
 
 

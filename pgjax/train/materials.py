@@ -35,7 +35,6 @@ class Materials:
     embedder: Embedder
     bank: Bank  # of training: never-seen nodes have no row
     full_bank: Bank  # of evaluation: every node but the reserved
-    report: list[str]  # the bank's calibration, for people
     # (randomness, row, its policy, are the labels to be right) -> `sft.answers` texts
     warm_up_answers: Callable[[np.random.Generator, Example, PolicyView, bool], list[str]]
 
@@ -66,20 +65,17 @@ def withheld(taxonomy: Taxonomy, never_seen: tuple[str, ...] = ()) -> set[str]:
     return {taxonomy.nodes[n].id for n in full_view(taxonomy, "leaf", never_seen).hidden}
 
 
-def make_banks(recipe: Recipe, taxonomy: Taxonomy, embedder: Embedder) -> tuple[Bank, Bank, list[str]]:
+def make_banks(recipe: Recipe, taxonomy: Taxonomy, embedder: Embedder) -> tuple[Bank, Bank]:
     """The training bank, without never-seen nodes, with thresholds from its own similarities; the full one with the same thresholds."""
     never = withheld(taxonomy, recipe.data.ood.never_seen)
     if recipe.reward.bank:
-        bank, lines = load_bank(recipe.reward.bank, taxonomy, embedder, never), []
+        bank = load_bank(recipe.reward.bank, taxonomy, embedder, never)
     else:
         bank = build_bank(taxonomy, embedder, never)
         if recipe.reward.variant == "strict":
-            bank, report = calibrate(bank, taxonomy)
-            lines = report.lines()
-        else:
-            lines = ["thresholds as published"]
+            bank, _ = calibrate(bank, taxonomy)
     full = build_bank(taxonomy, embedder, withheld(taxonomy))
-    return bank, full.replace(max_threshold=bank.max_threshold, mean_threshold=bank.mean_threshold), lines
+    return bank, full.replace(max_threshold=bank.max_threshold, mean_threshold=bank.mean_threshold)
 
 
 def make_examples(recipe: Recipe, taxonomy: Taxonomy) -> tuple[list[Example], dict[str, dict[str, int]]]:
