@@ -23,7 +23,7 @@ from pgjax.config import (
 )
 
 recipe = Recipe(
-    name="demo",
+    name="toy",
     model=ModelConfig(
         text=TextConfig(
             vocab=1536, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=384, mrope_section=(4, 6, 6), rope_theta=1e4, tied=True

@@ -24,7 +24,6 @@ from pgjax.models.sentence_encoder import Embedder, TextEncoder
 from pgjax.taxonomy import Taxonomy
 
 PUBLISHED_MAX, PUBLISHED_MEAN = 0.7, 0.6  # PAPERS A8.5
-NOTABLE = 0.2  # share of held-out synonyms without a bonus from which the report warns
 
 
 @struct.dataclass
@@ -67,7 +66,7 @@ class CalibrationReport:
         return tuple(
             f"{share:.0%} of the held-out synonyms earn nothing under the thresholds {high:.3f} / {mean:.3f}: {advice}"
             for share, high, mean, advice in cases
-            if share > NOTABLE
+            if share > 0
         )
 
     def lines(self) -> list[str]:

@@ -1,6 +1,7 @@
 """The `pgjax` command: one function per subcommand. Exit status 0 done, 2 wrong usage or input (one line on stderr), 1 failure."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -47,7 +48,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
 def demo(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.demo import demo
 
-    recipe = recipe_of(args, rest)
+    recipe = dataclasses.replace(recipe_of(args, rest), name="demo")  # a folder of its own: each demo starts over
     start_jax(recipe.devices)
     demo(recipe, Path(args.runs) / recipe.name)
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language decoder of Qwen2.5-VL; field comments give the axis letter of DESIGN section 2."""
+    """The language decoder of Qwen2.5-VL; field comments give the axis letter (docs/step.md)."""
 
     vocab: int = 152064  # V
     width: int = 3584  # D
@@ -66,7 +66,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class OODConfig:
-    """The OOD task (PAPERS A6; ratios are not published, so all of these are our choice)."""
+    """The OOD task; its published ratios are not known, so all of these are our choice."""
 
     share: float = 0.3  # of the prompts with a category: the gold one is hidden ("masked" OOD)
     keep: tuple[int, int] | None = None  # smallest and largest number of shown entries; None: all
@@ -116,7 +116,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """PAPERS C3-C7. Defaults are the published run as it ran (C6: the range is 0.2, not 0.1)."""
+    """Defaults are the published run as it ran: clip range 0.2, where the paper says 0.1. LOSS_PRESETS has the plain algorithm."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2

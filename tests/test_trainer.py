@@ -127,8 +127,9 @@ def test_never_seen_categories_occur_nowhere_in_training():
         for example, view in batch.rows:
             assert example.node not in ids and not ids & set(example.accepted)
             shown |= {m.taxonomy.nodes[node].id for _, node in view.entries}
-            for answer in toy_answers(rng, example, view, m.taxonomy, 4, recipe.sft.label_share, "think", NEVER):
-                assert not mentions(answer, phrases)
+            for right in (False, True):
+                for answer in toy_answers(rng, example, view, m.taxonomy, 4, right, "think", NEVER):
+                    assert not mentions(answer, phrases)
     assert len(shown) > 20 and not shown & ids
 
 

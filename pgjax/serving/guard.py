@@ -53,6 +53,8 @@ class Guard:
         checkpoints = Checkpoints(run / "checkpoints")
         updates = recipe.grpo.steps * (recipe.grpo.prompts // recipe.grpo.mini_prompts)
         abstract = setup.abstract_state(make_optimizer(recipe.grpo.optimizer, updates))
+        if best and checkpoints.best() is None:
+            raise ValueError(f"run {run} has no best checkpoint: none was scored (grpo.keep_best); leave out --best")
         state = checkpoints.restore(abstract, checkpoints.best() if best else None)
         checkpoints.close()
         with jax.set_mesh(setup.mesh):

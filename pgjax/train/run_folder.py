@@ -51,10 +51,6 @@ class RunFolder:
         for row in kept:
             self._add_events(row)
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def log(self, step: int, metrics: Mapping[str, SupportsFloat], phase: str = "train") -> None:
         """Appends one line {"step", "phase", metrics...} and the same scalars as events; flushed at once. NaN is written as null."""
         if not self._write:
