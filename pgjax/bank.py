@@ -60,7 +60,7 @@ class CalibrationReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         cases = (
-            (self.unpaid, self.max_threshold, self.mean_threshold, "add synonyms nearer to them, or take an embedder that tells the categories apart better"),
+            (self.unpaid, self.max_threshold, self.mean_threshold, "add synonyms nearer to them, or try another embedder"),
             (self.unpaid_published, PUBLISHED_MAX, PUBLISHED_MEAN, "do not use the published thresholds with this embedder"),
         )
         return tuple(
