@@ -9,7 +9,8 @@ import pytest
 
 from pgjax.config import LOSS_PRESETS, LossConfig
 from pgjax.grpo.advantages import advantages
-from pgjax.grpo.losses import aggregate, count, finish, metric_pairs, per_token, token_loss
+from pgjax.grpo.losses import aggregate, count, metric_pairs, per_token, token_loss
+from pgjax.train.update import mean
 
 PROGUARD = LOSS_PRESETS["proguard"]
 
@@ -52,10 +53,15 @@ def packed(loss=PROGUARD):
     return arrays, mask, jnp.concatenate([sample[:, keep], jnp.full((1, 1), -1)], axis=1)
 
 
+def finish(total, number, loss):
+    """As the update divides."""
+    return mean(total, number + loss.agg_eps)
+
+
 def means(arrays, mask, sample, loss):
     tokens, metrics = token_loss(*arrays, mask, loss)
-    mean = finish(*aggregate(tokens, mask, sample, 4, loss.aggregation), loss)
-    return mean, {name: finish(*pair, loss) for name, pair in metric_pairs(metrics, mask, sample, 4, loss.aggregation).items()}
+    whole = finish(*aggregate(tokens, mask, sample, 4, loss.aggregation), loss)
+    return whole, {name: finish(*pair, loss) for name, pair in metric_pairs(metrics, mask, sample, 4, loss.aggregation).items()}
 
 
 def test_advantage_golden():

@@ -95,14 +95,6 @@ def count(mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, aggregation: Agg
     return jnp.sum(answer_lengths(mask_PQ, sample_PQ, group) > 0, dtype=dtype)
 
 
-def finish(total: jax.Array, number: jax.Array, loss: LossConfig) -> jax.Array:
-    """The mean: total / (number + agg_eps), and 0 when nothing counted.
-
-    verl 0.6.1, which the preset `proguard` follows, instead averages the token means of its micro-batches (PAPERS C8).
-    """
-    return jnp.where(number > 0, total / jnp.where(number > 0, number + loss.agg_eps, 1.0), 0.0)
-
-
 def metric_pairs(
     metrics: dict[str, jax.Array], mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, aggregation: Aggregation
 ) -> dict[str, Pair]:

@@ -162,6 +162,7 @@ class Programs:
 
         def updated(state: TrainState, experience: Experience, index):
             mini = split_rows(experience, config.prompts // config.mini_prompts, index)
+            # Exact over the mini-batch; verl 0.6.1 instead averages the token means of its micro-batches (PAPERS C8).
             number = losses.count(mini.mask_PQ, mini.packed.sample_PQ, G, loss.aggregation) + loss.agg_eps
             return update(state, optimizer, loss_sum, mini, number, config.mini_prompts // config.micro_prompts)
 

@@ -45,6 +45,11 @@ def split_rows(tree, parts: int, index):
     return tree if parts == 1 else jax.tree.map(take, tree)
 
 
+def mean(total, number: jax.Array):
+    """total / number for a sum or a tree of sums; 0 where nothing counted."""
+    return jax.tree.map(lambda x: x / jnp.maximum(number, 1e-30), total)
+
+
 def update(
     state: TrainState,
     optimizer: optax.GradientTransformation,
@@ -67,8 +72,8 @@ def update(
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         add = lambda total, index: (jax.tree.map(jnp.add, total, micro(index)), None)  # noqa: E731
         (gradient, pairs), _ = jax.lax.scan(add, zero, jnp.arange(micro_batches))
-    gradient = jax.tree.map(lambda g: g / jnp.maximum(number, 1e-30), gradient)
+    gradient = mean(gradient, number)
     step, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    metrics = {name: total / jnp.maximum(count, 1e-30) for name, (total, count) in pairs.items()}
+    metrics = {name: mean(*pair) for name, pair in pairs.items()}
     metrics["actor/grad_norm"] = optax.tree.norm(gradient)
     return TrainState(state.updates + 1, optax.apply_updates(state.params, step), opt_state), metrics
