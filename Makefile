@@ -2,8 +2,6 @@
 PYTHON ?= python3
 # Compiled programs are kept outside the clone, so that a second run starts warm.
 export PGJAX_CACHE ?= $(HOME)/.cache/pgjax
-export JAX_COMPILATION_CACHE_DIR ?= $(PGJAX_CACHE)
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 # PARITY=1 installs torch too: the comparisons with the reference implementations then run live.
 PARITY ?= 0
 

@@ -226,10 +226,6 @@ class PolicyView:
     answerable: frozenset[str]
     hidden: frozenset[int]
 
-    def shown_id(self, node: int) -> str | None:
-        """The id that stands for canonical node `node` in this prompt, None where it is not listed."""
-        return next((id for id, n in self.entries if n == node), None)
-
 
 def level_of(modality: Modality) -> Level:
     """Text-image answers name a category, the others a subcategory (PAPERS A4)."""

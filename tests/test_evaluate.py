@@ -28,7 +28,7 @@ def right_answer(example, view, category: int) -> str:
     node = m.held_out._node(example, example.node)
     said = None
     if category == CATEGORY_NODE:
-        said = view.shown_id(node)
+        said = next(id for id, shown in view.entries if shown == node)
     elif category == CATEGORY_OOD:
         said = min((m.taxonomy.nodes[node].name, *m.taxonomy.nodes[node].synonyms), key=tokens)
     return answer_text(example.request_label, example.response_label, said, "", example.modality, "think")
