@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The language decoder of Qwen2.5-VL; field comments give the axis letter (docs/step.md)."""
+    """The language decoder; defaults are those of Qwen2.5-VL-7B. Field comments give the axis letter (docs/step.md)."""
 
     vocab: int = 152064  # V
     width: int = 3584  # D
@@ -23,11 +23,14 @@ class TextConfig:
     mrope_section: tuple[int, int, int] = (16, 24, 24)  # time, height, width; sums to C / 2
     eps: float = 1e-6
     tied: bool = False  # the head is the transposed embedding
+    qkv_bias: bool = True  # Qwen2.5
+    qk_norm: bool = False  # Qwen3: queries and keys are normalised over C
+    mrope_interleaved: bool = False  # Qwen3: frequencies go to time, height, width in turn instead of in sections
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower of Qwen2.5-VL. Lengths `patch` and `window` are in pixels."""
+    """The vision tower and how pictures become its patches. Lengths `patch` and `window` are in pixels."""
 
     width: int = 1280
     depth: int = 32
@@ -36,23 +39,40 @@ class VisionConfig:
     patch: int = 14
     temporal: int = 2  # frames folded into one patch; a still image is repeated
     merge: int = 2  # patches merged per side into one visual token
-    window: int = 112
-    full_blocks: tuple[int, ...] = (7, 15, 23, 31)  # blocks that attend over the whole image
+    window: int = 112  # Qwen2.5; 0: every block attends over the whole image
+    full_blocks: tuple[int, ...] = (7, 15, 23, 31)  # blocks that attend over the whole image all the same
+    positions: int = 0  # Qwen3: side of the learned grid of positions; 0: none
+    deepstack: tuple[int, ...] = ()  # Qwen3: blocks whose features join the first decoder layers
     channels: int = 3
     rope_theta: float = 1e4
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # of red, green and blue in 0 to 1, as CLIP has them
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    min_pixels: int = 56 * 56  # bounds of a picture's area after resizing
+    max_pixels: int = 28 * 28 * 1280
+
+    @property
+    def window_side(self) -> int:
+        """Patches along the side of a window; without windows, of a merge block."""
+        return self.window // self.patch or self.merge
 
     @property
     def window_patches(self) -> int:
         """Patches in one window, the block length of windowed attention."""
-        return (self.window // self.patch) ** 2
+        return self.window_side**2
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """With a checkpoint, family, text and vision are read from its config.json instead."""
+
+    family: Literal["qwen2_5_vl", "qwen3_vl"] = "qwen2_5_vl"
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # master weights are always float32
     remat: bool = True  # recompute layers in the backward pass instead of keeping them
+    freeze_vision: bool = False  # the vision tower is not trained: no gradient, and visual tokens once per step
+    lora_rank: int = 0  # adapters on the decoder's projections are trained instead of the model; 0: none
+    lora_alpha: float = 32.0  # an adapter's output is scaled by alpha / rank
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,7 @@ class DataConfig:
     descriptions: bool = True  # False: the policy lists names only
     prompt_tokens: int = 3072  # T; longer prompts are dropped when the data is built
     patches: int = 4096  # I, padded, per prompt
-    max_pixels: int | None = None  # cap on an image's area
+    max_pixels: int | None = None  # cap on an image's area; None: the model's own
     train_examples: int = 4096  # rows that are generated; of public data, the most that are taken
     eval_examples: int = 256
     ood: OODConfig = OODConfig()
