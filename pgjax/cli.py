@@ -31,7 +31,14 @@ def start_jax(devices: int) -> None:
 def recipe_of(args: argparse.Namespace, rest: list[str]):
     from pgjax.recipes import load_recipe, override, validate
 
-    return validate(override(load_recipe(args.config), rest))
+    recipe = override(load_recipe(args.config), rest)
+    if recipe.checkpoint:
+        from pgjax.models.hf_config import config_from_hf
+
+        told = config_from_hf(Path(recipe.checkpoint))
+        model = dataclasses.replace(recipe.model, family=told.family, text=told.text, vision=told.vision)
+        recipe = dataclasses.replace(recipe, model=model)
+    return validate(recipe)
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -91,6 +98,31 @@ def readable(verdict: dict) -> str:
         lines.append(f"category: {verdict['category_name']} (its own words: not in the policy)")
     lines += [f"because:  {verdict['reasoning']}"] if verdict["parsed"] else ["the answer is not in format: no verdict"]
     return "\n".join(lines + (["(toy model: not a guard)"] if verdict["not_a_guard"] else []))
+
+
+def score(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    start_jax(0)
+    from pgjax.completions import open_model, read_row, score_rows
+    from pgjax.data.jsonl import read_jsonl
+
+    lines = read_jsonl(args.jsonl)
+    setup, params, tokenizer = open_model(Path(args.model), args.dtype)
+    rows = [read_row(line, tokenizer, setup.model.config) for line in lines]
+    for row in score_rows(rows, setup, params, tokenizer):
+        mean = sum(row["logprobs"]) / len(row["tokens"])
+        words = f"{row['id']}: {len(row['tokens'])} tokens, mean logprob {mean:.4f}, perplexity {row['perplexity']:.4g}"
+        print(json.dumps(row) if args.json else words, flush=True)
+
+
+def export(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.train.run_folder import read_config
+
+    start_jax(read_config(args.run_folder).devices)
+    from pgjax.export import export
+
+    print(f"checkpoint: {export(Path(args.run_folder), Path(args.folder), args.best, args.dtype)}")
 
 
 def reward(args: argparse.Namespace, rest: list[str]) -> None:
@@ -168,6 +200,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--jsonl", help="conversations, one JSON object a line: request, response, image (a path beside the file), id")
     sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
     sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
+    sub = command("score", score, "log-probabilities of given completions, token by token")
+    sub.add_argument("--model", required=True, help="Hugging Face checkpoint directory, or run folder")
+    sub.add_argument("--jsonl", required=True, help="rows {messages, completion, id}; an image part is a path beside the file")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    sub.add_argument("--json", action="store_true", help="one JSON object a row, with tokens and logprobs")
+    sub = command("export", export, "write a run as a Hugging Face checkpoint directory")
+    sub.add_argument("run_folder", metavar="RUN", help="run folder")
+    sub.add_argument("folder", metavar="DIR", help="the directory to make")
+    sub.add_argument("--best", action="store_true", help="the checkpoint with the highest held-out request F1; default the newest")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the files; default the recipe's compute type")
     sub = command("reward", reward, "the reward of given answers, term by term")
     sub.add_argument("--jsonl", required=True, help="answers with their gold labels, one JSON object a line")
     sub.add_argument("--variant", choices=("published", "strict"), default="strict", help="the released rules, or ours (default)")

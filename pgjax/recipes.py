@@ -162,9 +162,11 @@ def _value_problems(recipe: Recipe) -> list[str]:
     """What is wrong with single values, whatever the others are."""
     numbers = {key: value for key, value in _values(recipe) if isinstance(value, int | float) and not isinstance(value, bool)}
     problems = [f"{key} {value} must be a finite number" for key, value in numbers.items() if not math.isfinite(value)]
-    problems += [f"{key} {value} must be above 0" for key, value in numbers.items() if key.startswith("model.") and value <= 0]
+    off = ("model.vision.window", "model.vision.positions", "model.lora_rank")  # at 0
+    sizes = [key for key in numbers if key.startswith("model.") and key not in off]
+    problems += [f"{key} {numbers[key]} must be above 0" for key in sizes if numbers[key] <= 0]
     least = {
-        0: ("seed", "devices", "grpo.validate_every", "grpo.checkpoint_every"),  # every 0 steps: never
+        0: ("seed", "devices", "grpo.validate_every", "grpo.checkpoint_every", *off),  # every 0 steps: never
         1: ("grpo.validate_prompts", "sft.prompts", "data.max_pixels"),
         2: ("data.train_examples", "data.eval_examples"),  # generated in twins
     }
@@ -186,7 +188,8 @@ def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _model_problems(recipe: Recipe) -> list[str]:
-    text, vision = recipe.model.text, recipe.model.vision
+    text, vision, family = recipe.model.text, recipe.model.vision, recipe.model.family
+    deepstack = vision.deepstack
     checks = {
         f"model.vision.channels {vision.channels} must be 3": vision.channels == 3,
         f"model.text.heads {text.heads} must be a multiple of kv_heads {text.kv_heads}": text.heads % text.kv_heads == 0,
@@ -200,9 +203,18 @@ def _model_problems(recipe: Recipe) -> list[str]:
         f"model.vision.full_blocks {vision.full_blocks} must lie below depth {vision.depth}": all(
             0 <= block < vision.depth for block in vision.full_blocks
         ),
-        f"data.patches {recipe.data.patches} must be a multiple of a window's {vision.window_patches} patches": recipe.data.patches
-        % max(vision.window_patches, 1)  # a window smaller than a patch is complained of above
-        == 0,
+        f"model.vision.window {vision.window} must be 0 with family qwen3_vl": family == "qwen2_5_vl" or not vision.window,
+        f"model.vision.positions {vision.positions} must be 0 with family qwen2_5_vl": family == "qwen3_vl" or not vision.positions,
+        f"model.vision.deepstack {deepstack} must grow and lie below depth {vision.depth}": list(deepstack)
+        == sorted({*deepstack} & {*range(vision.depth)}),
+        f"model.vision.deepstack {deepstack} must not name more blocks than model.text.layers {text.layers}": len(deepstack) <= text.layers,
+        f"model.vision.mean {vision.mean} must lie in 0 to 1": all(0 <= value <= 1 for value in vision.mean),
+        f"model.vision.std {vision.std} must be above 0": all(0 < value < math.inf for value in vision.std),
+        f"model.vision.min_pixels {vision.min_pixels} must not be above max_pixels {vision.max_pixels}": vision.min_pixels
+        <= vision.max_pixels,
+        f"data.patches {recipe.data.patches} must be a multiple of {vision.window_patches} patches (one window, or merge block)": (
+            recipe.data.patches % vision.window_patches == 0
+        ),
     }
     return _failed(checks)
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_encoder import MODULES
 from tiny_recipe import tiny_recipe
 
 from pgjax.bank import Bank
@@ -85,6 +86,7 @@ def embedder(name: str, **files: bytes | str) -> dict[str, bytes | str]:
     whole = {"config": json.dumps(MINILM), "tokenizer": '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'}
     folder = {f"{name}/{key}.json": text for key, text in (whole | {k: v for k, v in files.items() if k != "model"}).items()}
     folder[f"{name}/1_Pooling/config.json"] = json.dumps({"pooling_mode_mean_tokens": True})
+    folder[f"{name}/modules.json"] = json.dumps(MODULES)
     return folder | ({f"{name}/model.safetensors": files["model"]} if "model" in files else {})
 
 
@@ -356,7 +358,7 @@ def trained(tmp_path_factory):
         checkpoints.save(0, kept)
         checkpoints.close()
     (path / "weights").mkdir()
-    save_params(path / "weights", state.params, recipe.model.vision)
+    save_params(path / "weights", state.params, recipe.model)
     (path / "tiny.py").write_text(f"from pgjax.recipes import from_json\nrecipe = from_json({to_json(recipe)!r})\n")
     return path
 

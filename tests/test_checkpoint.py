@@ -1,23 +1,29 @@
 """Checkpoints in and out: names and shapes of transformers, bits unchanged, errors that say what to do."""
 
 import json
+import re
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_qwen import abstract_params, build, golden, tiny_model
 
-from pgjax.models.checkpoint import config_from_hf, load_params, save_params
+from pgjax.config import MeshConfig
+from pgjax.models import checkpoint
+from pgjax.models.checkpoint import canonical, load_params, save_params
+from pgjax.models.hf_config import config_from_hf
+from pgjax.parallel.mesh import make_mesh
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "qwen3"])
 def saved(request, tmp_path_factory):
     """A golden case: its arrays, the directory that it was read from, its parameters, and where they were saved again."""
     arrays, source, target = golden(request.param), tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     model, params = build(arrays, source)
     (target / "config.json").write_text((source / "config.json").read_text())
-    save_params(target, params, model.config.vision)
+    save_params(target, params, model.config)
     return arrays, source, params, target
 
 
@@ -54,28 +60,95 @@ def refused(path, model, says: str) -> None:
 def test_broken_checkpoints_are_refused_in_one_line(saved, tmp_path):
     _, source, _, _ = saved
     model, tensors = tiny_model(source), load_file(source / "model.safetensors")
+    file = tmp_path / "model.safetensors"
     refused(tmp_path, model, "no .safetensors file here; point to a Hugging Face checkpoint directory")
 
-    name = "model.layers.1.self_attn.k_proj.bias"
-    save_file({n: x for n, x in tensors.items() if n != name}, tmp_path / "model.safetensors")
-    refused(tmp_path, model, f"1 tensors are missing: {name}$")
+    name = next(n for n in tensors if n.endswith("layers.1.self_attn.k_proj.weight"))
+    save_file({n: x for n, x in tensors.items() if n != name}, file)
+    refused(tmp_path, model, f"1 missing: {canonical(name)}$")
 
-    save_file({n: x for n, x in tensors.items() if "visual" not in n}, tmp_path / "model.safetensors")
-    refused(tmp_path, model, r"\d+ tensors are missing: visual.* \.\.\.$")
+    save_file({n: x for n, x in tensors.items() if "visual" not in n}, file)
+    refused(tmp_path, model, r"\d+ missing: visual.* \.\.\.$")
 
-    for misshapen in (tensors[name][:-1], np.stack([tensors[name]] * 2)):
-        save_file(tensors | {name: misshapen}, tmp_path / "model.safetensors")
-        refused(tmp_path, model, f"tensor {name} has shape")
+    # As many numbers, but turned; one missing and one too many: all at once.
+    other = next(n for n in tensors if n.endswith("layers.0.mlp.down_proj.weight"))
+    rest = {n: x for n, x in tensors.items() if n != name} | {
+        other: np.ascontiguousarray(tensors[other].T),
+        "model.more.weight": tensors[name],
+    }
+    save_file(rest, file)
+    shape = tensors[other].shape
+    says = f"1 missing: {canonical(name)}; 1 surplus: model.more.weight; 1 misshapen: {canonical(other)} {shape[::-1]} instead of {shape}"
+    refused(tmp_path, model, re.escape(says))
 
-    name = "model.layers.0.mlp.down_proj.weight"  # as many numbers, but turned
-    save_file(tensors | {name: np.ascontiguousarray(tensors[name].T)}, tmp_path / "model.safetensors")
-    refused(tmp_path, model, f"tensor {name} has shape")
+    save_file({n: x.astype(np.int32) for n, x in tensors.items()}, file)
+    refused(tmp_path, model, "has type I32; BF16, F16, F32 are read")
+
+    save_file(tensors, file)
+    whole = file.read_bytes()
+    for broken in (whole[:-10], whole[: len(whole) // 2], b"\xff" * 100, b""):
+        file.write_bytes(broken)
+        refused(tmp_path, model, r"model.safetensors cannot be read .*; copy the file again")
 
 
-def test_other_models_are_refused(saved, tmp_path):
-    raw = json.loads((saved[1] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
-    with pytest.raises(ValueError, match="model_type 'llama' is not supported; it must be qwen2_5_vl"):
-        config_from_hf(tmp_path)
-    with pytest.raises(ValueError, match="no config.json here; point to a Hugging Face checkpoint directory"):
-        config_from_hf(tmp_path / "nowhere")
+def test_either_spelling_of_names_is_read(saved, tmp_path):
+    _, source, params, _ = saved
+    prefixes = {"model.layers": "model.language_model.layers", "model.norm": "model.language_model.norm", "visual": "model.visual"}
+    prefixes |= {"model.embed_tokens": "model.language_model.embed_tokens"}
+
+    def respell(name):
+        return next((new + name.removeprefix(old) for old, new in prefixes.items() if name.startswith(old)), canonical(name))
+
+    save_file({respell(n): x for n, x in load_file(source / "model.safetensors").items()}, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path, *abstract_params(tiny_model(source))))
+
+
+def test_files_of_limited_size_have_an_index(saved, tmp_path):
+    _, source, params, _ = saved
+    config = tiny_model(source).config
+    save_params(tmp_path, params, config, file_bytes=50_000)
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 3
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    held = {file: load_file(tmp_path / file) for file in files}
+    assert index["weight_map"] == {name: file for file, tensors in held.items() for name in tensors}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in held.values() for x in tensors.values())
+    assert all(sum(x.nbytes for x in tensors.values()) <= 50_000 or len(tensors) == 1 for tensors in held.values())
+    jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path, *abstract_params(tiny_model(source))))
+    (tmp_path / files[1]).unlink()
+    refused(tmp_path, tiny_model(source), f"{files[1]} of model.safetensors.index.json is not here; copy the missing files")
+
+
+def test_bfloat16_survives_loading_and_saving(saved, tmp_path):
+    """bf16 files -> float32 or bf16 parameters -> bf16 files: every bit is kept."""
+    _, source, params, _ = saved
+    model = tiny_model(source)
+    first, again = tmp_path / "first", tmp_path / "again"
+    first.mkdir(), again.mkdir()
+    save_params(first, params, model.config, ml_dtypes.bfloat16)
+    abstract, shardings = abstract_params(model, make_mesh(MeshConfig(2, 2, 2)))
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        typed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)  # noqa: B023
+        loaded = load_params(first, typed, shardings)
+        assert {x.dtype for x in jax.tree.leaves(loaded)} == {np.dtype(dtype)}
+        save_params(again, loaded, model.config, ml_dtypes.bfloat16)
+        before, after = load_file(first / "model.safetensors"), load_file(again / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name].view(np.uint16), after[name].view(np.uint16)) for name in before)
+
+
+def test_loading_says_how_far_it_is(saved):
+    _, source, _, _ = saved
+    seen, size = [], (source / "model.safetensors").stat().st_size
+    load_params(source, *abstract_params(tiny_model(source)), lambda *numbers: seen.append(numbers))
+    assert [done for done, _ in seen] == list(range(1, len(load_file(source / "model.safetensors")) + 1))
+    assert 0.9 * size < seen[-1][1] < size
+
+
+def test_each_tensor_is_read_once(saved, monkeypatch):
+    """On a mesh of eight devices too: a tensor's parts are cut from one view of the file."""
+    _, source, _, _ = saved
+    reads = []
+    monkeypatch.setattr(checkpoint.Tensor, "read", lambda self, read=checkpoint.Tensor.read: reads.append(self.offset) or read(self))
+    load_params(source, *abstract_params(tiny_model(source), make_mesh(MeshConfig(2, 2, 2))))
+    assert len(reads) == len(set(reads)) == len(load_file(source / "model.safetensors"))

@@ -97,6 +97,18 @@ def test_load_recipe(tmp_path, monkeypatch):
 BASE = Recipe()
 
 
+def vision(family="qwen2_5_vl", **fields) -> Recipe:
+    return replace(BASE, model=ModelConfig(family=family, vision=VisionConfig(**fields)))
+
+
+def test_both_families_are_valid():
+    qwen3 = dict(window=0, patch=16, positions=48, deepstack=(8, 16, 24), mean=(0.0, 0.5, 1.0), min_pixels=64, max_pixels=64)
+    text = TextConfig(qkv_bias=False, qk_norm=True, mrope_interleaved=True)
+    for recipe in (vision("qwen3_vl", full_blocks=(), **qwen3), vision("qwen3_vl", full_blocks=(3, 1), **qwen3), vision(window=0)):
+        model = replace(recipe.model, text=text, freeze_vision=True, lora_rank=8)
+        assert validate(replace(recipe, model=model, data=DataConfig(patches=100)))
+
+
 @pytest.mark.parametrize(
     "recipe, words",
     [
@@ -106,6 +118,21 @@ BASE = Recipe()
         (replace(BASE, model=ModelConfig(text=TextConfig(kv_heads=3))), "kv_heads 3"),
         (replace(BASE, model=ModelConfig(vision=VisionConfig(window=100))), "window 100"),
         (replace(BASE, data=DataConfig(patches=100)), "data.patches 100"),
+        (vision(window=-28), "window -28 must be at least 0"),
+        (vision(window=7), "window 7 must be a multiple of patch x merge 28"),
+        (vision(window=0, full_blocks=(32,)), "full_blocks"),
+        (vision(window=0, full_blocks=(), positions=48), "positions 48 must be 0 with family qwen2_5_vl"),
+        (vision("qwen3_vl"), "window 112 must be 0 with family qwen3_vl"),
+        (vision("qwen3_vl", window=0, deepstack=(8, 32)), r"deepstack \(8, 32\) must grow and lie below depth 32"),
+        (vision("qwen3_vl", window=0, deepstack=(8, 5)), r"deepstack \(8, 5\) must grow"),
+        (vision("qwen3_vl", window=0, deepstack=tuple(range(29))), "more blocks than model.text.layers 28"),
+        (vision(mean=(0.5, 0.5, 1.5)), "mean"),
+        (vision(std=(0.5, 0.0, 0.5)), "std"),
+        (vision(std=(0.5, float("nan"), 0.5)), "std"),
+        (vision(min_pixels=0), "min_pixels 0 must be above 0"),
+        (vision(min_pixels=200, max_pixels=100), "min_pixels 200 must not be above max_pixels 100"),
+        (replace(BASE, model=ModelConfig(lora_rank=-1)), "lora_rank -1"),
+        (replace(BASE, model=ModelConfig(lora_alpha=0.0)), "lora_alpha 0"),
         (replace(BASE, data=DataConfig(ood=OODConfig(share=1.5))), "share 1.5"),
         (replace(BASE, data=DataConfig(ood=OODConfig(keep=(4, 2)))), "keep"),
         (replace(BASE, rollout=RolloutConfig(group=0)), "group 0"),

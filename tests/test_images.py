@@ -1,19 +1,22 @@
-"""Pictures: decoding of what people really send, slots in window order, and M-RoPE positions; against transformers where it counts."""
+"""Pictures: decoding of what people really send, resizing within bounds, slots in window order; against transformers where it counts."""
 
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pgjax.config import VisionConfig
-from pgjax.data.images import image_grid, image_patches, load_image, slot_count, window_slots
-from pgjax.data.positions import mrope_positions
+from pgjax.data.images import capped, image_grid, image_patches, load_image, slot_count, window_slots
 from tests.golden import make_positions
 
 VISION = VisionConfig(width=64, depth=2, heads=2, mlp=128, window=56, full_blocks=(1,))
+QWEN3 = VisionConfig(patch=16, window=0, full_blocks=(), mean=(0.5,) * 3, std=(0.5,) * 3, min_pixels=64 * 64, max_pixels=128 * 128)
 GOLDEN = np.load(make_positions.FILE)
 
 
@@ -40,6 +43,45 @@ def test_modes_become_rgb():
     assert (np.asarray(load_image(encoded(Image.new("1", (4, 4), 1)))) == 255).all()
 
 
+def test_sixteen_bits_keep_the_upper_eight():
+    dark = np.array([[0, 255, 256], [300, 511, 512]], np.uint16)  # a night sky is not made bright
+    for image in (Image.fromarray(dark), Image.fromarray(dark.astype(">u2"))):
+        for kind in ("PNG", "TIFF"):
+            assert (np.asarray(load_image(encoded(image, kind))) == (dark >> 8)[..., None]).all()
+    clear = encoded(Image.fromarray(dark), transparency=300)
+    assert np.asarray(load_image(clear))[..., 0].tolist() == [[0, 0, 1], [255, 1, 2]]
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, of 2 (grey, alpha), 3 or 4 channels, which Pillow reads but does not write."""
+    height, width, channels = values.shape
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    fields = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", fields) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colours_lie_on_white(channels):
+    values = np.random.default_rng(channels).integers(0, 2**16, (5, 4, channels))
+    eight = (values >> 8).astype(float)
+    colour, alpha = (eight, np.full((5, 4, 1), 255)) if channels == 3 else (eight[..., :-1], eight[..., -1:])
+    want = colour * alpha / 255 + 255 * (1 - alpha / 255)
+    assert np.abs(np.asarray(load_image(deep_png(values))) - want).max() <= 1
+
+
+def test_palettes_are_looked_up():
+    colours = np.random.default_rng(3).integers(0, 256, (256, 3), np.uint8)
+    index = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.frombytes("P", (16, 16), index.tobytes())
+    image.putpalette(colours.tobytes())
+    for kind in ("PNG", "GIF", "BMP", "TIFF"):
+        np.testing.assert_array_equal(np.asarray(load_image(encoded(image, kind))), colours[index])
+    alpha = bytes(range(256))  # one for each colour
+    want = 255 + (colours[index] - 255.0) * index[..., None] / 255
+    assert np.abs(np.asarray(load_image(encoded(image, transparency=alpha))) - want).max() <= 1
+
+
 def test_transparency_is_white():
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half = Image.new("LA", (4, 4), (0, 128))
@@ -49,13 +91,30 @@ def test_transparency_is_white():
     assert (np.asarray(load_image(encoded(palette, transparency=0))) == 255).all()
 
 
-def test_exif_orientation_is_applied():
-    image = Image.new("RGB", (40, 20), "white")
-    image.paste("black", (0, 0, 20, 20))
+# How the stored picture lies, and what makes it upright (Exif 2.3, tag 0x0112: where row 0 and column 0 are).
+UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation_is_applied(orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    upright = load_image(encoded(image, "JPEG", exif=exif, quality=95))
-    assert upright.size == (20, 40) and upright.getpixel((10, 5))[0] < 40 and upright.getpixel((10, 35))[0] > 215
+    exif[0x0112] = orientation
+    colour = noise(3, 5, orientation)
+    for image in (colour, colour.convert("L"), colour.convert("P"), Image.fromarray(np.arange(15, dtype=np.uint16).reshape(3, 5) << 10)):
+        stored = np.asarray(load_image(encoded(image)))
+        for kind in ("PNG", "TIFF"):
+            np.testing.assert_array_equal(np.asarray(load_image(encoded(image, kind, exif=exif))), UPRIGHT[orientation](stored))
+    stored, turned = (np.asarray(load_image(encoded(colour, "JPEG", **options))) for options in ({}, {"exif": exif}))
+    np.testing.assert_array_equal(turned, UPRIGHT[orientation](stored))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -103,34 +162,67 @@ def test_broken_files_end_in_a_picture_or_a_reason(kind):
 # --- slots ---
 
 
-@pytest.mark.parametrize(("height", "width"), [(56, 56), (112, 112), (70, 98), (84, 56), (112, 60), (30, 100), (150, 40)])
-def test_slots_hold_the_patches_of_the_processor(height, width):
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 200), width=st.integers(1, 200), windows=st.booleans())
+def test_slots_hold_the_patches_of_the_processor(height, width, windows):
     from transformers import Qwen2VLImageProcessorPil
 
-    image = noise(height, width)
-    got = image_patches(image, VISION)
-    want = Qwen2VLImageProcessorPil()(images=[image], return_tensors="np")
-    assert got.grid == tuple(want["image_grid_thw"][0, 1:]) == image_grid(image.size, VISION)
-    assert len(got.valid_I) == slot_count(got.grid, VISION) and got.valid_I.sum() == got.grid[0] * got.grid[1]
+    image, vision = noise(height, width), VISION if windows else QWEN3
+    options = {} if windows else dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, min_pixels=64 * 64, max_pixels=128 * 128, patch_size=16)
+    got = image_patches(image, vision)
+    want = Qwen2VLImageProcessorPil(**options)(images=[image], return_tensors="np")
+    assert got.grid == tuple(want["image_grid_thw"][0, 1:]) == image_grid(image.size, vision)
+    assert len(got.valid_I) == slot_count(got.grid, vision) and got.valid_I.sum() == got.grid[0] * got.grid[1]
     assert (got.patches_IB[~got.valid_I] == 0).all() and got.patches_IB.dtype == np.float32
     # Token by token in raster order, four patches each: the processor's own order.
     slots = (got.slot_of_raster_token[:, None] * 4 + np.arange(4)).reshape(-1)
     np.testing.assert_array_equal(got.patches_IB[slots], want["pixel_values"])
     block = np.indices(got.grid).reshape(2, got.grid[0] // 2, 2, got.grid[1] // 2, 2).transpose(1, 3, 2, 4, 0).reshape(-1, 2)
     np.testing.assert_array_equal(got.yx_I2[slots], block)
+    assert windows or slots.tolist() == list(range(len(got.valid_I))), "without windows the order is the processor's"
 
 
-def test_area_bounds():
-    assert image_patches(noise(10, 10), VISION).grid == (4, 4)
-    assert image_patches(noise(300, 200), VISION, max_pixels=112 * 112).grid == (8, 6)
+SMALL = VisionConfig(patch=2, window=8, min_pixels=8 * 8, max_pixels=16 * 16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
+
+
+def cut(image: Image.Image, vision: VisionConfig) -> np.ndarray:
+    """Pixels [height, width, channel] as the model sees them, put together again from slots."""
+    got, size = image_patches(image, vision), vision.patch
+    out = np.full((got.grid[0] * size, got.grid[1] * size, 3), np.nan, np.float32)
+    for patch, (y, x) in zip(got.patches_IB[got.valid_I], got.yx_I2[got.valid_I], strict=True):
+        frames = patch.reshape(3, vision.temporal, size, size)
+        assert (frames == frames[:, :1]).all(), "a still picture is the same in all frames"
+        out[y * size : (y + 1) * size, x * size : (x + 1) * size] = frames[:, 0].transpose(1, 2, 0)
+    return out
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_pictures_at_and_beyond_the_bounds(window):
+    vision = replace(SMALL, window=window)
+    for side in (8, 12, 16):  # at the minimum, between, at the maximum: no pixel is resized
+        image = noise(side, side)
+        want = (np.asarray(image) / 255 - vision.mean) / vision.std
+        np.testing.assert_allclose(cut(image, vision), want, rtol=0, atol=1e-6)
+    for size, grid in {(20, 20): (8, 8), (40, 20): (4, 10), (4, 4): (4, 4), (1, 1): (4, 4), (8, 4): (4, 6)}.items():
+        got = cut(Image.new("RGB", size, (51, 102, 204)), vision)
+        assert got.shape == (2 * grid[0], 2 * grid[1], 3), f"{size[0]} x {size[1]} pixels"
+        np.testing.assert_allclose(got, np.broadcast_to(np.array([0.2, 0.8, 4.0]), got.shape), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="aspect ratio"):
-        image_patches(Image.new("RGB", (2010, 10)), VISION)
+        image_patches(Image.new("RGB", (2010, 10)), vision)
+
+
+def test_the_smaller_of_both_maxima_counts():
+    image = noise(40, 40)
+    for cap, grid in {None: (8, 8), 1000: (8, 8), 12 * 12: (6, 6), 4 * 4: (2, 2), 1: (2, 2)}.items():
+        assert image_patches(image, capped(SMALL, cap)).grid == grid, f"capped at {cap} pixels"
+    assert image_patches(noise(2, 2), capped(SMALL, 4 * 4)).grid == (2, 2), "the minimum gives way"
 
 
 def test_a_window_fills_its_block():
     slot = window_slots((8, 6), VISION)  # two windows across, the right one half full
     assert set(slot[:4, :4].ravel()) == set(range(16)) and set(slot[4:, :4].ravel()) == set(range(32, 48))
     assert set(slot[:4, 4:].ravel()) < set(range(16, 32)) and slot_count((8, 6), VISION) == 64
+    assert slot_count((4, 6), QWEN3) == 24
     with pytest.raises(ValueError, match="merge blocks"):
         window_slots((4, 4), VisionConfig(window=42))
 
@@ -153,39 +245,3 @@ def test_window_order_is_that_of_transformers_live():
     for h, w in rng.integers(1, 20, (30, 2)):
         case = ((2 * int(h), 2 * int(w)), int(rng.choice([56, 112, 168])))
         np.testing.assert_array_equal(window_order(*case), make_positions.window_index(*case))
-
-
-# --- positions ---
-
-
-def test_positions_are_those_of_transformers():
-    for n in range(24):
-        grids = [tuple(grid) for grid in GOLDEN[f"row{n}_grids"].tolist()]
-        position_TX, delta = mrope_positions(GOLDEN[f"row{n}_is_image"], grids)
-        np.testing.assert_array_equal(position_TX, GOLDEN[f"row{n}_position"])
-        assert delta == GOLDEN[f"row{n}_delta"]
-
-
-@pytest.mark.parity
-def test_positions_are_those_of_transformers_live():
-    pytest.importorskip("torch")
-    drawn = make_positions.rows(60, seed=5)
-    assert any(len(grids) == 2 for _, grids in drawn) and any(not grids for _, grids in drawn)
-    for is_image_T, grids in drawn:
-        want_TX, want_delta = make_positions.rope_index(is_image_T, grids)
-        position_TX, delta = mrope_positions(is_image_T, grids)
-        np.testing.assert_array_equal(position_TX, want_TX)
-        assert delta == want_delta and position_TX.dtype == np.int32
-
-
-def test_answers_continue_after_the_largest_position():
-    is_image_T = np.array([0, 0, 1, 1, 1, 1, 1, 1, 0], bool)
-    position_TX, delta = mrope_positions(is_image_T, [(2, 3)])
-    assert position_TX[2:8].tolist() == [[2, 2, 2], [2, 2, 3], [2, 2, 4], [2, 3, 2], [2, 3, 3], [2, 3, 4]]
-    assert position_TX[8].tolist() == [5, 5, 5] and len(is_image_T) + delta == 6
-
-
-@pytest.mark.parametrize("grids", [[], [(1, 2)], [(2, 2), (1, 1)], [(3, 2)]])
-def test_marks_and_grids_must_agree(grids):
-    with pytest.raises(ValueError, match="picture"):
-        mrope_positions(np.array([0, 1, 1, 1, 1, 0], bool), grids)

@@ -14,7 +14,7 @@ from tiny_qwen import QUICK, abstract_params, golden, inputs, tiny_model
 
 from pgjax.config import MeshConfig
 from pgjax.models.checkpoint import load_params
-from pgjax.models.qwen2_5_vl import init_boxed
+from pgjax.models.qwen_vl import init_boxed
 from pgjax.parallel.mesh import ROLLOUT, TRAINING, constrain, local_rows, make_mesh, param_shardings, place_rows, rows, spec
 
 
@@ -79,7 +79,7 @@ def single(tmp_path_factory):
     arrays, path = golden("tied"), tmp_path_factory.mktemp("mesh")
     write_checkpoint(path, json.loads(str(arrays["config"])), json.loads(str(arrays["shapes"])))
     batch = [np.concatenate([x, x[::-1]]) for x in inputs(arrays)]
-    real = np.arange(batch[3].shape[1]) < batch[-1][:, None]
+    real = np.arange(batch[4].shape[1]) < batch[-1][:, None]
     weight = np.random.default_rng(0).normal(size=(*real.shape, arrays["logits"].shape[-1])).astype(np.float32)
     weight *= real[..., None]
     return path, batch, weight, real, logits_and_gradients((1, 1, 1), path, batch, weight)

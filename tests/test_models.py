@@ -1,4 +1,4 @@
-"""Qwen2.5-VL against transformers (golden files, and live where torch is installed), and the layouts against each other."""
+"""Both families against transformers (golden files, and live where torch is installed), and the layouts against each other."""
 
 import dataclasses
 import functools
@@ -7,24 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.make_qwen import config, reference
+from golden.make_qwen import CASES
 from tiny_qwen import QUICK, build, golden, inputs
 
+from pgjax.models import qwen2_5_vl, qwen3_vl
 from pgjax.models.attention import Row
-from pgjax.models.qwen2_5_vl import Qwen25VL
+from pgjax.models.qwen_vl import QwenVL
 from pgjax.models.text import AnswerCache, DecoderLayer, Lanes
-from pgjax.models.vision import VisionBlock
 
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
-def compare(arrays, path) -> None:
+def compare(model, params, arrays) -> None:
     """Hidden states of every block and the logits, wherever the batch holds something."""
-    model, params = build(arrays, path)
-    blocks = lambda module, method: isinstance(module, (VisionBlock, DecoderLayer)) and method == "__call__"  # noqa: E731
+    kinds = (qwen2_5_vl.VisionBlock, qwen3_vl.VisionBlock, DecoderLayer)
+    blocks = lambda module, method: isinstance(module, kinds) and method == "__call__"  # noqa: E731
     run = jit(lambda params, *args: model.apply({"params": params}, *args, capture_intermediates=blocks, mutable=["intermediates"]))
     logits, captured = run(params, *inputs(arrays))
     vision = captured["intermediates"]["visual"]["blocks"]["__call__"][0][0]
+    vision = vision[0] if model.config.family == "qwen3_vl" else vision  # the other half carries DeepStack
     text = captured["intermediates"]["model"]["layers"]["__call__"][0][0][0]
     filled, real = arrays["image_PI"] >= 0, np.arange(logits.shape[1]) < arrays["length_P"][:, None]
     assert vision.shape[0] == model.config.vision.depth and text.shape[0] == model.config.text.layers
@@ -37,22 +38,62 @@ def compare(arrays, path) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", ["tied", "untied"])
+@pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case, tmp_path):
-    compare(golden(case), tmp_path)
+    arrays = golden(case)
+    compare(*build(arrays, tmp_path), arrays)
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize("seed", [11, 12, 13])
-def test_equals_transformers_live(seed, tmp_path):
-    pytest.importorskip("torch")
-    rng = np.random.default_rng(seed)
-    kv_heads, window = int(rng.integers(1, 4)), int(rng.choice([56, 112]))
-    full = tuple(rng.choice(3, 2, replace=False).tolist())
-    raw = config(seed, tied=bool(seed % 2), heads=2 * kv_heads, kv_heads=kv_heads, window=window, full=full)
-    pictures = [tuple(rng.integers(1, 7, 2).tolist()) for _ in range(4)]
-    rows = [[int(rng.integers(1, 9)), pictures[0], 3], [5], [1, pictures[1], 2, pictures[2], 4], [pictures[3], 2]]
-    compare(reference(raw, rows), tmp_path)
+def replaced(part: str, **values):
+    """The model with other settings of `text` or `vision`."""
+
+    def change(model, params, monkeypatch):
+        settings = dataclasses.replace(getattr(model.config, part), **values)
+        return QwenVL(dataclasses.replace(model.config, **{part: settings})), params
+
+    return change
+
+
+def zeroed(*wanted: str):
+    """Parameters whose path holds one of these names set to zero."""
+
+    def change(model, params, monkeypatch):
+        gone = lambda path: any(f"'{name}'" in jax.tree_util.keystr(path) for name in wanted)  # noqa: E731
+        return model, jax.tree_util.tree_map_with_path(lambda path, x: x * 0 if gone(path) else x, params)
+
+    return change
+
+
+def other_gelu(model, params, monkeypatch, blocks: bool):
+    """tanh for exact GELU in the mergers, or exact for tanh in the blocks."""
+    gelu = jax.nn.gelu
+    flipped = lambda x, approximate: gelu(x, approximate=not approximate if approximate == blocks else approximate)  # noqa: E731
+    monkeypatch.setattr("flax.linen.gelu", flipped)
+    return model, params
+
+
+@pytest.mark.parametrize(
+    "case, broken",
+    [
+        pytest.param("tied", replaced("vision", full_blocks=(0, 1, 2)), id="windows"),
+        pytest.param("tied", replaced("vision", full_blocks=()), id="full blocks"),
+        pytest.param("tied", replaced("text", mrope_section=(3, 3, 2)), id="M-RoPE sections"),
+        pytest.param("tied", functools.partial(other_gelu, blocks=False), id="GELU of Qwen2.5's merger"),
+        pytest.param("tied", zeroed("bias"), id="qkv bias"),
+        pytest.param("qwen3", replaced("text", mrope_interleaved=False), id="M-RoPE interleaved"),
+        pytest.param("qwen3", replaced("text", qk_norm=False), id="q/k norm"),
+        pytest.param("qwen3", replaced("vision", deepstack=(2, 0)), id="DeepStack order"),
+        pytest.param("qwen3", replaced("vision", deepstack=(0, 1)), id="DeepStack blocks"),
+        pytest.param("qwen3", functools.partial(other_gelu, blocks=False), id="GELU of Qwen3's mergers"),
+        pytest.param("qwen3", functools.partial(other_gelu, blocks=True), id="GELU of Qwen3's blocks"),
+        pytest.param("qwen3", zeroed("pos_embed"), id="learned positions"),
+    ],
+)
+def test_the_comparison_fails_when_a_part_is_broken(case, broken, tmp_path, monkeypatch):
+    arrays = golden(case)
+    model, params = broken(*build(arrays, tmp_path), monkeypatch)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        compare(model, params, arrays)
 
 
 # --- layouts against each other: one model, prompts with pictures, answers packed, repeated and decoded -----------------------
@@ -60,13 +101,13 @@ def test_equals_transformers_live(seed, tmp_path):
 P, G, R = 4, 3, 4
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """Model, parameters, prompts (embedding inputs with visual tokens, computed once) and answers."""
-    arrays = golden("tied")
+@pytest.fixture(scope="module", params=["tied", "qwen3"])
+def tiny(request, tmp_path_factory):
+    """Model, parameters, visual tokens (computed once), prompts and answers."""
+    arrays = golden(request.param)
     model, params = build(arrays, tmp_path_factory.mktemp("tiny"))
-    patches, yx, image, tokens, visual, position, length = inputs(arrays)
-    encode = jit(lambda params: model.apply({"params": params}, patches, yx, image, method="encode"))
+    *pictures, tokens, visual, position, length = inputs(arrays)
+    encode = jit(lambda params: model.apply({"params": params}, *pictures, method="encode"))
     prompts = dict(tokens=tokens, visual=visual, position=position, length=length, delta=arrays["delta_P"])
     rng = np.random.default_rng(3)
     answers = {
@@ -74,7 +115,7 @@ def tiny(tmp_path_factory):
         "length": np.array([[4, 1, 3], [0, 4, 2], [4, 4, 4], [3, 0, 0]], np.int32),
         "weight": rng.normal(size=(P, G, R)).astype(np.float32),
     }
-    return model, params, np.asarray(encode(params)), prompts, answers
+    return model, params, jax.tree.map(np.asarray, encode(params)), prompts, answers
 
 
 def pack(lengths, Q: int):
@@ -87,15 +128,15 @@ def pack(lengths, Q: int):
     return sample, offset
 
 
-def forward(model, params, visual_PMD, prompts, tokens_PQ, sample_PQ, offset_PQ, block):
+def forward(model, params, visual, prompts, tokens_PQ, sample_PQ, offset_PQ, block):
     """Hidden states [P, T + Q, D] of prompts with packed answers."""
     apply = functools.partial(model.apply, {"params": params})
-    x = apply(prompts["tokens"], prompts["visual"], visual_PMD, method="embed")
+    x = apply(prompts["tokens"], prompts["visual"], visual, method="embed")
     x = jnp.concatenate([x, apply(tokens_PQ, method="embed")], axis=1)
     start = (prompts["length"] + prompts["delta"])[:, None, None]
     answer = jnp.broadcast_to(start + offset_PQ[..., None], (*offset_PQ.shape, 3))
     row = Row(prompts["length"], sample_PQ, prompts["tokens"].shape[1], block)
-    return apply(x, jnp.concatenate([prompts["position"], answer], axis=1), row, method="rows")
+    return apply(x, jnp.concatenate([prompts["position"], answer], axis=1), row, prompts["visual"], visual, method="rows")
 
 
 def loss(weights, model, prompts, tokens, sample, offset, weight, block):
@@ -124,16 +165,17 @@ def test_packed_groups_equal_repeated_prompts(tiny):
     flat = {k: v.reshape(P * G, -1) for k, v in answers.items()}
     offset_1 = np.broadcast_to(np.arange(R, dtype=np.int32), (P * G, R))
     sample_1 = np.where(offset_1 < flat["length"].reshape(-1, 1), 0, -1)
-    again = Qwen25VL(dataclasses.replace(model.config, remat=True))
+    again = QwenVL(dataclasses.replace(model.config, remat=True))
     alone = flat["tokens"], sample_1, offset_1, flat["weight"]
     (_, (logp_1, hidden_1)), (grads_1, visual_grad_1) = run(
-        (params, repeat(visual)), again, {k: repeat(v) for k, v in prompts.items()}, *alone, block=R
+        (params, jax.tree.map(repeat, visual)), again, {k: repeat(v) for k, v in prompts.items()}, *alone, block=R
     )
     at = (np.nonzero(used)[0] * G + sample[used], offset[used])
     np.testing.assert_allclose(np.asarray(logp)[used], np.asarray(logp_1)[at], atol=1e-5)
     np.testing.assert_allclose(np.asarray(hidden)[used], np.asarray(hidden_1)[at], atol=1e-5)
-    grads, grads_1 = (grads, visual_grad), (grads_1, np.asarray(visual_grad_1).reshape(P, G, *visual.shape[1:]).sum(1))
-    assert np.abs(grads_1[1]).max() > 0.01
+    total = jax.tree.map(lambda g: np.asarray(g).reshape(P, G, *g.shape[1:]).sum(1), visual_grad_1)
+    grads, grads_1 = (grads, visual_grad), (grads_1, total)
+    assert all(np.abs(g).max() > 0.01 for g in jax.tree.leaves(total))
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(grads_1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * largest), grads, grads_1)
 
@@ -147,7 +189,7 @@ def test_decoding_equals_the_row_pass(tiny):
         apply = functools.partial(model.apply, {"params": params})
         x = apply(prompts["tokens"], prompts["visual"], visual, method="embed")
         row = Row(prompts["length"], jnp.zeros((P, 0), jnp.int32), T, 1)
-        hidden, cache = apply(x, prompts["position"], row, method="rows", cache_out=True)
+        hidden, cache = apply(x, prompts["position"], row, prompts["visual"], visual, True, method="rows")
         empty = jnp.zeros((c.layers, P, G, R, c.kv_heads, c.head_dim))
 
         def step(answer, offset):

@@ -143,7 +143,7 @@ def test_arrays(make, tokenizer):
     pipeline = make()
     prompt, gold, rows = pipeline.batch(2, 24)
     kinds = dict(tokens_PT=np.int32, length_P=np.int32, position_PTX=np.int32, delta_P=np.int32, visual_PT=np.int32, patches_PIB=np.float32,
-                 patch_yx_PI2=np.int32, image_PI=np.int32, id_P=np.uint32)  # fmt: skip
+                 patch_yx_PI2=np.int32, grid_PI2=np.int32, image_PI=np.int32, id_P=np.uint32)  # fmt: skip
     assert {name: getattr(prompt, name).dtype for name in kinds} == kinds
     kinds = {f.name: getattr(gold, f.name).dtype for f in dataclasses.fields(gold)}
     other = {"accepted_PN": np.bool_, "never_seen_P": np.bool_, "weight_P": np.float32}
@@ -185,9 +185,21 @@ def test_two_pictures_stay_apart(make):
     assert (np.unique(prompt.image_PI[0], return_counts=True)[1] == [128 - 32 - 16, 32, 16]).all()
     visual = prompt.visual_PT[0][prompt.visual_PT[0] >= 0]
     assert visual[:8].max() < 8 <= visual[8:].min() and len(visual) == 12
+    sides = np.array([[8, 4], [4, 4], [0, 0]])  # in patches: of the tall picture, of the other, of empty slots
+    np.testing.assert_array_equal(prompt.grid_PI2[0], sides[prompt.image_PI[0]])
     starts = np.flatnonzero(np.diff((prompt.visual_PT[0] >= 0).astype(int)) == 1) + 1
     assert len(starts) == 2 and prompt.position_PTX[0, starts[1]].tolist() == [starts[1] - 8 + 4] * 3
     assert gold.node_P[0] == TAXONOMY.index("C9")
+
+
+def test_max_pixels_caps_what_the_model_takes(make):
+    example = row("large", "image", (picture(140, 140),), request=None)
+    sides = {}
+    for cap in (None, 112 * 112, 56 * 56, 28 * 28, 10**6):
+        vision = dataclasses.replace(RECIPE.model.vision, max_pixels=128 * 128)
+        recipe = dataclasses.replace(changed(RECIPE, max_pixels=cap), model=ModelConfig(vision=vision))
+        sides[cap] = make([example], recipe).batch(0, 1).prompt.grid_PI2[0].max()
+    assert sides == {None: 8, 112 * 112: 8, 56 * 56: 4, 28 * 28: 2, 10**6: 8}
 
 
 def test_what_does_not_fit_is_dropped_and_counted(make):
@@ -206,7 +218,7 @@ def test_what_does_not_fit_is_dropped_and_counted(make):
     assert {e.id for e, _ in pipeline.batch(0).rows} == {"good"}
     with pytest.raises(ValueError, match="no example of split 'train' is left"):
         make(rows[1:])
-    with pytest.raises(ValueError, match="multiple of the 16 patches"):
+    with pytest.raises(ValueError, match="multiple of 16 patches"):
         make(recipe=changed(RECIPE, patches=100))
 
 

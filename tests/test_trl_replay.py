@@ -20,7 +20,7 @@ from pgjax.data.schema import PromptBatch
 from pgjax.generate.law import Law
 from pgjax.generate.score import Packed, pack, score
 from pgjax.grpo import losses
-from pgjax.models.checkpoint import config_from_hf
+from pgjax.models.hf_config import config_from_hf
 from pgjax.parallel.mesh import make_mesh
 from pgjax.train.setup import make_setup
 from pgjax.train.update import make_optimizer, update
@@ -57,6 +57,7 @@ def prompts(dump) -> PromptBatch:
         visual_PT=visual,
         patches_PIB=dump["pixel_values"].reshape(P, 16, -1),
         patch_yx_PI2=np.tile(yx, (P, 1, 1)),
+        grid_PI2=np.full((P, 16, 2), 4, np.int32),
         image_PI=np.zeros((P, 16), np.int32),
         id_P=np.arange(P, dtype=np.uint32),
     )

@@ -65,12 +65,12 @@ def experience(run, weights, mesh=ONE, weight_P=None, change: bool = False) -> E
 def two_updates(mesh=ONE, micro: int = P, weight: bool = False, change: bool = False):
     """Old logprobs, parameters after each of two mini-batches, and their metrics, as numpy."""
     run = program(mesh, micro)
-    state, _ = setup(mesh).state(params(mesh), SGD)
+    state, reference = setup(mesh).state(params(mesh), SGD)
     weight_P = np.isin(np.arange(2 * P), [0, 3, 5], invert=True).astype(np.float32) if weight else None
     given = experience(run, state.params, mesh, weight_P, change)
     after, metrics = [], []
     for index in range(2):
-        state, numbers = run.update(state, given, jnp.int32(index))
+        state, numbers = run.update(state, reference, given, jnp.int32(index))
         after.append(jax.tree.map(np.array, state.params))
         metrics.append({name: float(value) for name, value in numbers.items()})
     assert int(state.updates) == 2
@@ -118,7 +118,7 @@ def test_the_state_is_donated():
     run = program()
     state, reference = setup().state(jax.tree.map(jnp.copy, params()), SGD)
     given = experience(run, state.params)
-    after, _ = run.update(state, given, jnp.int32(0))
+    after, _ = run.update(state, reference, given, jnp.int32(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert not any(x.is_deleted() for x in jax.tree.leaves((after, reference, given)))
 

@@ -8,6 +8,8 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 GOLDEN = np.load(Path(__file__).parent / "fixtures" / "sentence_encoder.npz")
+KINDS = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+MODULES = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in KINDS.items()]
 WORDS = ["<s>", "<pad>", "</s>", "<unk>"] + [f"w{i}" for i in range(4, 24)]
 
 
@@ -18,6 +20,7 @@ def tiny_encoder(path: Path) -> Path:
         intermediate_size=20, max_position_embeddings=14, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1,
     )  # fmt: skip
     (path / "config.json").write_text(json.dumps(config))
+    (path / "modules.json").write_text(json.dumps(MODULES))
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 16, "pooling_mode_cls_token": True}))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))

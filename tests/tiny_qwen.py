@@ -1,4 +1,4 @@
-"""Tiny models of the golden files, for the tests that need a whole Qwen2.5-VL."""
+"""Tiny models of the golden files, for the tests that need a whole model."""
 
 import dataclasses
 import json
@@ -10,11 +10,12 @@ from flax import linen as nn
 from golden.make_qwen import GOLDEN, write_checkpoint
 
 from pgjax.config import MeshConfig
-from pgjax.models.checkpoint import config_from_hf, load_params
-from pgjax.models.qwen2_5_vl import Qwen25VL, init_boxed
+from pgjax.models.checkpoint import load_params
+from pgjax.models.hf_config import config_from_hf
+from pgjax.models.qwen_vl import QwenVL, init_boxed
 from pgjax.parallel.mesh import TRAINING, make_mesh, param_shardings
 
-INPUTS = ("patches_PIB", "yx_PI2", "image_PI", "tokens_PT", "visual_PT", "position_PTX", "length_P")
+INPUTS = ("patches_PIB", "yx_PI2", "grid_PI2", "image_PI", "tokens_PT", "visual_PT", "position_PTX", "length_P")
 QUICK = {"xla_backend_optimization_level": "0"}  # compiling takes most of these tests' time; this takes two thirds of it away
 
 
@@ -24,15 +25,15 @@ def golden(case: str) -> dict[str, np.ndarray]:
 
 
 def inputs(arrays) -> list[np.ndarray]:
-    """Arguments of Qwen25VL.__call__; patches are stored as integers of 1/64."""
+    """Arguments of QwenVL.__call__; patches are stored as integers of 1/64."""
     return [arrays[k] / np.float32(64) if k == "patches_PIB" else arrays[k] for k in INPUTS]
 
 
-def tiny_model(path: Path, remat: bool = False) -> Qwen25VL:
-    return Qwen25VL(dataclasses.replace(config_from_hf(path), compute_dtype="float32", remat=remat))
+def tiny_model(path: Path, remat: bool = False) -> QwenVL:
+    return QwenVL(dataclasses.replace(config_from_hf(path), compute_dtype="float32", remat=remat))
 
 
-def abstract_params(model: Qwen25VL, mesh=None):
+def abstract_params(model: QwenVL, mesh=None):
     """Shapes and shardings of the parameters."""
     boxed = jax.eval_shape(lambda key: init_boxed(model, key), jax.random.key(0))
     return nn.meta.unbox(boxed), param_shardings(boxed, TRAINING, mesh or make_mesh(MeshConfig(), jax.devices()[:1]))

@@ -14,7 +14,18 @@ import optax
 from tiny_qwen import QUICK
 
 from pgjax.automaton import Automaton
-from pgjax.config import AnswerConfig, GRPOConfig, LossConfig, MeshConfig, OODConfig, OptimizerConfig, Recipe, RolloutConfig, SFTConfig
+from pgjax.config import (
+    AnswerConfig,
+    GRPOConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OODConfig,
+    OptimizerConfig,
+    Recipe,
+    RolloutConfig,
+    SFTConfig,
+)
 from pgjax.data.schema import Gold, PromptBatch
 from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh
@@ -77,9 +88,9 @@ def stopping(every: int = 12) -> Automaton:
 
 
 @functools.cache
-def setup(mesh: Mesh = ONE) -> Setup:
+def setup(mesh: Mesh = ONE, model: ModelConfig | None = None) -> Setup:
     devices = jax.devices()[: int(np.prod(mesh))]
-    return make_setup(tiny_recipe().model, make_mesh(MeshConfig(*mesh), devices))
+    return make_setup(model or tiny_recipe().model, make_mesh(MeshConfig(*mesh), devices))
 
 
 @functools.cache
@@ -102,7 +113,7 @@ def params(mesh: Mesh = ONE) -> dict:
 def programs(mesh: Mesh, recipe: Recipe, optimizer: optax.GradientTransformation, automaton: Automaton | None = None) -> Programs:
     m = materials()
     with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
-        return Programs(recipe, setup(mesh), optimizer, automaton or m.automaton, m.tokenizer, Judge(m.embedder, m.bank))
+        return Programs(recipe, setup(mesh, recipe.model), optimizer, automaton or m.automaton, m.tokenizer, Judge(m.embedder, m.bank))
 
 
 def batch(rows: int = P) -> tuple[PromptBatch, Gold]:

@@ -3,13 +3,13 @@
 Resizing and normalising are those of transformers' Qwen2VLImageProcessorPil (the PIL backend is exact and needs no torch); the
 order of patches is ours. That processor lists patches by merge block (2 x 2 patches), blocks in raster order. Here blocks come
 window by window and every window takes `VisionConfig.window_patches` slots, so that windowed attention is attention inside
-blocks of equal length; windows over the right and lower edge leave slots empty.
+blocks of equal length; windows over the right and lower edge leave slots empty. A tower without windows has the processor's order.
 """
 
 import functools
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,6 @@ from pgjax.config import VisionConfig
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # few decoders, since files come from strangers
 MAX_IMAGE_PIXELS = 64 * 2**20  # of the file as it is, before resizing; our choice
 MAX_FILE_BYTES = 256 * 2**20  # that many RGB pixels without compression, with some room
-MIN_PIXELS = 56 * 56  # Qwen's default bounds of the area after resizing
-MAX_PIXELS = 28 * 28 * 1280
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,10 @@ def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
         raise ValueError("the image is truncated or broken and cannot be decoded; give the whole file") from error
     if not small:
         raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {max_pixels} allowed; shrink it")
-    if image.mode.startswith("I"):  # 16-bit grey; mode I also holds it when the format says so
+    if image.mode.startswith("I"):  # 16-bit grey; mode I has 32 bits, of which files use 8 or 16
         grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+        eight = (grey if image.mode == "I" and grey.max() <= 255 else grey >> 8).clip(0, 255)
+        image = Image.fromarray(np.where(grey == image.info.get("transparency"), 255, eight).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -82,17 +81,30 @@ def read_image(path: str | Path) -> bytes:
     return data
 
 
+def capped(vision: VisionConfig, max_pixels: int | None) -> VisionConfig:
+    """The same tower for pictures of at most `max_pixels` after resizing; None, or more than the model takes, changes nothing."""
+    largest = min(vision.max_pixels, max_pixels or vision.max_pixels)
+    return replace(vision, min_pixels=min(vision.min_pixels, largest), max_pixels=largest)
+
+
 @functools.cache
-def _processor(vision: VisionConfig, min_pixels: int, max_pixels: int):
+def image_processor(vision: VisionConfig):
+    """transformers' processor with the settings of `vision`."""
     from transformers import Qwen2VLImageProcessorPil  # late: importing it takes a second
 
-    size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    return Qwen2VLImageProcessorPil(size=size, patch_size=vision.patch, temporal_patch_size=vision.temporal, merge_size=vision.merge)
+    return Qwen2VLImageProcessorPil(
+        size={"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels},
+        image_mean=list(vision.mean),
+        image_std=list(vision.std),
+        patch_size=vision.patch,
+        temporal_patch_size=vision.temporal,
+        merge_size=vision.merge,
+    )
 
 
 def window_slots(grid: tuple[int, int], vision: VisionConfig) -> np.ndarray:
     """Slot [height, width] of every patch of a grid. Inside a window, merge blocks in raster order, then patches in raster order."""
-    merge, side = vision.merge, vision.window // vision.patch  # patches
+    merge, side = vision.merge, vision.window_side
     if side % merge or vision.window % vision.patch:
         raise ValueError(f"window {vision.window} must hold whole merge blocks of {merge} patches of {vision.patch} pixels")
     y, x = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
@@ -101,26 +113,26 @@ def window_slots(grid: tuple[int, int], vision: VisionConfig) -> np.ndarray:
     return ((window * (side // merge) ** 2 + block) * merge**2 + (y % merge) * merge + x % merge).astype(np.int32)
 
 
-def image_grid(size: tuple[int, int], vision: VisionConfig, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_grid(size: tuple[int, int], vision: VisionConfig) -> tuple[int, int]:
     """Patches (height, width) of a picture of `size` (width, height) pixels, without looking at it. ValueError beyond 200 : 1."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    height, width = smart_resize(size[1], size[0], vision.patch * vision.merge, min_pixels, max_pixels)
+    height, width = smart_resize(size[1], size[0], vision.patch * vision.merge, vision.min_pixels, vision.max_pixels)
     return height // vision.patch, width // vision.patch
 
 
 def slot_count(grid: tuple[int, int], vision: VisionConfig) -> int:
     """Slots that a grid of patches (height, width) takes, empty ones included."""
-    side = vision.window // vision.patch
+    side = vision.window_side
     return -(-grid[0] // side) * -(-grid[1] // side) * side**2
 
 
-def image_patches(image: Image.Image, vision: VisionConfig, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> ImagePatches:
+def image_patches(image: Image.Image, vision: VisionConfig) -> ImagePatches:
     """Resize within the bounds on the area (pixels), normalise, cut into patches and lay them out in slots.
 
     Raises ValueError for a picture more than 200 times as long as wide.
     """
-    features = _processor(vision, min_pixels, max_pixels)(images=[image], return_tensors="np")
+    features = image_processor(vision)(images=[image], return_tensors="np")
     _, height, width = (int(n) for n in features["image_grid_thw"][0])
     merge = vision.merge
     slot_yx = window_slots((height, width), vision)

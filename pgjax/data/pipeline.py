@@ -1,7 +1,7 @@
 """From examples to arrays: batch k is a function of (seed, k) alone.
 
-One row: hide and shuffle categories (the OOD task), render policy and conversation, tokenize, place the visual tokens, lay out the
-patches, pad to one shape. The state of the data is the integer k; there is nothing else to save.
+One row: hide and shuffle categories (the OOD task), render policy and conversation; arrays.py makes the arrays. The state of the
+data is the integer k; there is nothing else to save.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ import numpy as np
 
 from pgjax.config import Recipe
 from pgjax.conversation import Prompts, load_prompts, messages
-from pgjax.data.images import MAX_PIXELS, MIN_PIXELS, ImagePatches, image_grid, image_patches, load_image, slot_count
-from pgjax.data.positions import mrope_positions
+from pgjax.data.arrays import Prompt, prompt_batch
+from pgjax.data.images import capped, image_grid, load_image, slot_count
 from pgjax.data.schema import (
     CATEGORIES,
     CATEGORY_NODE,
@@ -32,8 +32,7 @@ from pgjax.data.schema import (
 )
 from pgjax.files import replace_file
 from pgjax.taxonomy import Level, PolicyView, Taxonomy, full_view, level_of, node_of_id, policy_view, render_policy
-
-IMAGE_TOKEN = "<|image_pad|>"
+from pgjax.tokenizer import IMAGE_PAD
 
 
 class Batch(NamedTuple):
@@ -57,14 +56,16 @@ class Renderer:
     def __init__(self, taxonomy: Taxonomy, tokenizer, recipe: Recipe, ids: tuple[str, ...], prompts: Prompts | None = None):
         self.taxonomy, self.tokenizer, self.recipe, self.ids = taxonomy, tokenizer, recipe, ids
         self.prompts = prompts or load_prompts(recipe.data.prompts)
-        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.vision = capped(recipe.model.vision, recipe.data.max_pixels)
         # Nodes that no prompt may show: reserved ones, and the never-seen with all that is below them or has nothing left below.
         out = [taxonomy.nodes[n] for n in full_view(taxonomy, "leaf", recipe.data.ood.never_seen).hidden]
         self.reserved = {node.id for node in out if node.reserved}
         self.never_seen = {node.id for node in out if not node.reserved}
         if recipe.data.patches % recipe.model.vision.window_patches:
             raise ValueError(
-                f"data.patches {recipe.data.patches} must be a multiple of the {recipe.model.vision.window_patches} patches of a window"
+                f"data.patches {recipe.data.patches} must be a multiple of {recipe.model.vision.window_patches} patches (one window, or "
+                "merge block)"
             )
 
     def unfit(self, example: Example) -> str | None:
@@ -94,14 +95,14 @@ class Renderer:
 
     def _unfit(self, example: Example) -> tuple[str | None, int]:
         """Why an example cannot be shown, whatever the length of its prompt; and its visual tokens."""
-        data, vision = self.recipe.data, self.recipe.model.vision
+        vision = self.vision
         if self.reserved & {example.node, *example.accepted}:
             return "reserved", 0
         try:
-            grids = [image_grid(load_image(raw).size, vision, *self._area()) for raw in example.images]
+            grids = [image_grid(load_image(raw).size, vision) for raw in example.images]
         except ValueError:
             return "image", 0
-        fits = sum(slot_count(grid, vision) for grid in grids) <= data.patches
+        fits = sum(slot_count(grid, vision) for grid in grids) <= self.recipe.data.patches
         return None if fits else "patches", sum(height * width for height, width in grids) // vision.merge**2
 
     def _policy(self, view: PolicyView) -> str:
@@ -114,53 +115,9 @@ class Renderer:
         chat = messages(example, policy, self.prompts, self.recipe.answer.think_tag)
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
-    def _area(self) -> tuple[int, int]:
-        """Bounds of a picture's area in pixels."""
-        largest = self.recipe.data.max_pixels or MAX_PIXELS
-        return min(MIN_PIXELS, largest), largest
-
-    def _tokens(self, row: Row, images: list[ImagePatches]) -> list[int]:
-        """Token ids of the prompt, every image placeholder repeated once per visual token."""
-        counts = iter(len(image.slot_of_raster_token) for image in images)
-        tokens: list[int] = []
-        for token in self._tokenize(self._text(row.example, self._policy(row.view))):
-            tokens += [token] * next(counts) if token == self.image_token else [token]
-        return tokens
-
     def _prompt_batch(self, rows: list[Row]) -> PromptBatch:
-        data, vision = self.recipe.data, self.recipe.model.vision
-        P, T, I = len(rows), data.prompt_tokens, data.patches  # noqa: E741
-        arrays: dict[str, Any] = dict(
-            tokens_PT=np.zeros((P, T), np.int32),
-            length_P=np.zeros(P, np.int32),
-            position_PTX=np.zeros((P, T, 3), np.int32),
-            delta_P=np.zeros(P, np.int32),
-            visual_PT=np.full((P, T), -1, np.int32),
-            patches_PIB=np.zeros((P, I, vision.channels * vision.temporal * vision.patch**2), np.float32),
-            patch_yx_PI2=np.zeros((P, I, 2), np.int32),
-            image_PI=np.full((P, I), -1, np.int32),
-            id_P=np.array([row.number % 2**32 for row in rows], np.uint32),
-        )
-        batch = PromptBatch(**arrays)
-        for p, row in enumerate(rows):
-            images = [image_patches(load_image(raw), vision, *self._area()) for raw in row.example.images]
-            tokens = np.array(self._tokens(row, images), np.int32)
-            length = len(tokens)
-            if length > T:
-                raise ValueError(f"prompt of example {row.example.id} has {length} tokens, more than data.prompt_tokens {T}")
-            batch.tokens_PT[p, :length], batch.length_P[p] = tokens, length
-            merged_grids = [(image.grid[0] // vision.merge, image.grid[1] // vision.merge) for image in images]
-            batch.position_PTX[p, :length], batch.delta_P[p] = mrope_positions(tokens == self.image_token, merged_grids)
-            slot, merged = 0, []
-            for number, image in enumerate(images):
-                here = slice(slot, slot + len(image.valid_I))
-                batch.patches_PIB[p, here], batch.patch_yx_PI2[p, here] = image.patches_IB, image.yx_I2
-                batch.image_PI[p, here] = np.where(image.valid_I, number, -1)
-                merged.append(slot // vision.merge**2 + image.slot_of_raster_token)
-                slot = here.stop
-            if merged:
-                batch.visual_PT[p, np.flatnonzero(tokens == self.image_token)] = np.concatenate(merged)
-        return batch
+        prompts = [Prompt(row.number, self._text(row.example, self._policy(row.view)), row.example.images) for row in rows]
+        return prompt_batch(prompts, self.tokenizer, self.vision, self.recipe.data.prompt_tokens, self.recipe.data.patches)
 
     def _gold(self, rows: list[Row], real: int) -> Gold:
         examples = [row.example for row in rows]

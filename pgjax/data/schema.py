@@ -65,6 +65,7 @@ class PromptBatch:
     visual_PT: jax.Array  # int32: which merged token of this row (slot // 4) stands here; -1 for text
     patches_PIB: jax.Array  # float32, normalised pixels of a patch, flattened as channel, frame, row, column
     patch_yx_PI2: jax.Array  # int32, patch row and column in its image
+    grid_PI2: jax.Array  # int32, patches per column and per row of its image; zeros in an empty slot
     image_PI: jax.Array  # int32: number of the image in this row; -1 for an empty slot
     id_P: jax.Array  # uint32, names the prompt for randomness
 

@@ -9,8 +9,9 @@ from pgjax.data.schema import PromptBatch
 from pgjax.generate import law as laws
 from pgjax.generate.law import Law
 from pgjax.models.attention import Row
-from pgjax.models.qwen2_5_vl import Qwen25VL
+from pgjax.models.qwen_vl import QwenVL
 from pgjax.models.text import AnswerCache, Lanes, PromptCache
+from pgjax.models.vision import Visual
 from pgjax.parallel.mesh import constrain
 
 
@@ -31,24 +32,24 @@ class Rollout:
     final_PG: jax.Array  # int32, automaton state at the end: the verdict is read from it
 
 
-def encode(model: Qwen25VL, params, batch: PromptBatch) -> jax.Array:
-    """Visual tokens [P, M, D], once per prompt."""
-    return model.apply({"params": params}, batch.patches_PIB, batch.patch_yx_PI2, batch.image_PI, method="encode")
+def encode(model: QwenVL, params, batch: PromptBatch) -> Visual:
+    """Visual tokens, once per prompt."""
+    return model.apply({"params": params}, batch.patches_PIB, batch.patch_yx_PI2, batch.grid_PI2, batch.image_PI, method="encode")
 
 
-def prefill(model: Qwen25VL, params, batch: PromptBatch, visual_PMD: jax.Array) -> Prefill:
+def prefill(model: QwenVL, params, batch: PromptBatch, visual: Visual) -> Prefill:
     """Prompt caches [L, P, T, K, C] and the hidden state of each prompt's last token."""
     P, T = batch.tokens_PT.shape
     apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
-    x = apply(batch.tokens_PT, batch.visual_PT, visual_PMD, method="embed")
+    x = apply(batch.tokens_PT, batch.visual_PT, visual, method="embed")
     row = Row(batch.length_P, jnp.zeros((P, 0), jnp.int32), T, 1)
-    hidden, prompt = apply(x, batch.position_PTX, row, True, method="rows")
+    hidden, prompt = apply(x, batch.position_PTX, row, batch.visual_PT, visual, True, method="rows")
     last = jnp.take_along_axis(hidden, jnp.maximum(batch.length_P - 1, 0)[:, None, None], axis=1)[:, 0]
     return Prefill(prompt, last)
 
 
 def decode(
-    model: Qwen25VL,
+    model: QwenVL,
     params,
     batch: PromptBatch,
     modality_P: jax.Array,

@@ -17,7 +17,7 @@ from scipy.special import expit
 from pgjax.data.schema import PromptBatch
 from pgjax.generate.law import Law
 from pgjax.generate.score import pack, score
-from pgjax.models.qwen2_5_vl import Qwen25VL
+from pgjax.models.qwen_vl import QwenVL
 from pgjax.parallel.mesh import constrain, local_rows, place_rows
 
 Line = Literal["Request", "Response"]
@@ -41,7 +41,7 @@ def label_prefixes(text: str, line: Line) -> tuple[str, str] | None:
     return before + "safe", before + "unsafe"
 
 
-def answer_scorer(model: Qwen25VL, law: Law, mesh) -> Scorer:
+def answer_scorer(model: QwenVL, law: Law, mesh) -> Scorer:
     """The scoring program for given answers: (params, prompt, tokens_PGR, length_PG) -> logprobs, float32 numpy [P, G * R], packed.
 
     `prompt` is numpy, as `Pipeline.batch` gives it; each process passes its own rows and gets them back. Compiled once for each

@@ -9,7 +9,8 @@ from pgjax.generate import law as laws
 from pgjax.generate.decode import encode
 from pgjax.generate.law import Law
 from pgjax.models.attention import Row
-from pgjax.models.qwen2_5_vl import Qwen25VL
+from pgjax.models.qwen_vl import QwenVL
+from pgjax.models.vision import Visual
 from pgjax.parallel.mesh import constrain
 
 
@@ -53,24 +54,22 @@ def per_answer(value_PQ: jax.Array, packed: Packed, group: int) -> jax.Array:
 
 
 def score(
-    model: Qwen25VL, params, batch: PromptBatch, packed: Packed, law: Law, *, chunk: int = 1024, entropy: bool = True
+    model: QwenVL, params, batch: PromptBatch, packed: Packed, law: Law, visual: Visual | None = None, *, chunk=1024, entropy=True
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy of every packed answer token, float32 [P, Q] each; 0 in empty slots.
 
     Logits exist for `chunk` tokens of each row at a time (recomputed in the backward pass), never for a whole row.
+    `visual` are the prompts' visual tokens where they are known already (a frozen tower).
     """
     apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
     (P, T), Q = batch.tokens_PT.shape, packed.tokens_PQ.shape[1]
-    x = jnp.concatenate(
-        [
-            apply(batch.tokens_PT, batch.visual_PT, encode(model, params, batch), method="embed"),
-            apply(packed.tokens_PQ, method="embed"),
-        ],
-        axis=1,
-    )
+    visual = encode(model, params, batch) if visual is None else visual
+    prompt = apply(batch.tokens_PT, batch.visual_PT, visual, method="embed")
+    x = constrain(jnp.concatenate([prompt, apply(packed.tokens_PQ, method="embed")], axis=1), "batch", None, None)
     position_PQ = (batch.length_P + batch.delta_P)[:, None] + packed.offset_PQ
     position = jnp.concatenate([batch.position_PTX, jnp.broadcast_to(position_PQ[..., None], (P, Q, 3))], axis=1)
-    hidden = apply(constrain(x, "batch", None, None), position, Row(batch.length_P, packed.sample_PQ, T, packed.block), method="rows")
+    row = Row(batch.length_P, packed.sample_PQ, T, packed.block)
+    hidden = apply(x, position, row, batch.visual_PT, visual, method="rows")
     # A token's logits come from the slot before it; an answer's first token from the prompt's last, whose gradient sums over the group.
     first = packed.offset_PQ == 0
     source_PQ = jnp.where(first, jnp.maximum(batch.length_P - 1, 0)[:, None], T + jnp.arange(Q) - 1)

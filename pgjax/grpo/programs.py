@@ -23,9 +23,11 @@ from pgjax.generate.score import Packed, pack, packed_width, per_answer, score
 from pgjax.grpo import losses
 from pgjax.grpo.advantages import advantages
 from pgjax.models.sentence_encoder import Embedder
+from pgjax.models.vision import Visual
 from pgjax.parallel.mesh import local_rows, place_rows, replicated, rows
 from pgjax.rewards import reward
 from pgjax.train.setup import Setup
+from pgjax.train.trainable import frozen_tower, merge
 from pgjax.train.update import TrainState, split_rows, update
 
 
@@ -42,7 +44,7 @@ class Judged:
 
 @struct.dataclass
 class Experience:
-    """What the update reads of a step; leaves have leading axis P."""
+    """What the update reads of a step; leaves have leading axis P. With `visual` the batch has no patches."""
 
     batch: PromptBatch
     packed: Packed
@@ -51,6 +53,7 @@ class Experience:
     ref_PQ: jax.Array  # logprobs of the reference
     advantage_PG: jax.Array
     weight_P: jax.Array
+    visual: Visual | None = None  # of a frozen tower
 
     @property
     def mask_PQ(self) -> jax.Array:
@@ -114,8 +117,8 @@ class Programs:
 
             return call
 
-        def rollout(weights, batch: PromptBatch, gold: Gold, step, *, group, greedy):
-            start = prefill(model, weights, batch, encode(model, weights, batch))
+        def rollout(weights, batch: PromptBatch, gold: Gold, step, visual=None, *, group, greedy):
+            start = prefill(model, weights, batch, encode(model, weights, batch) if visual is None else visual)
             cut = dict(top_k=recipe.rollout.top_k, top_p=recipe.rollout.top_p)
             return decode(model, weights, batch, gold.modality_P, start, law(outcome(gold)), key, step, group=group, greedy=greedy, **cut)
 
@@ -130,14 +133,15 @@ class Programs:
             )
             return Judged(verdict, reward_PG, terms, similarity_PGS, valid_PS)
 
-        def scored(params, batch, packed, gold: Gold):
-            return score(model, params, batch, packed, law(outcome(gold)), entropy=False)[0]
+        def scored(params, batch, packed, gold: Gold, visual=None):
+            return score(model, params, batch, packed, law(outcome(gold)), visual, entropy=False)[0]
 
-        def experience(rollout: Rollout, judged: Judged, batch, gold: Gold, packed: Packed, old_PQ, ref_PQ):
+        def experience(rollout: Rollout, judged: Judged, batch, gold: Gold, packed: Packed, old_PQ, ref_PQ, visual=None):
             """Advantages, and the step's statistics: of the groups, of the answers, and of sampler against scorer."""
             kl_PG = per_answer(old_PQ - ref_PQ, packed, G)
             advantage_PG, stats = advantages(judged.reward_PG, kl_PG, loss, gold.weight_P)
-            done = Experience(batch, packed, outcome(gold), old_PQ, ref_PQ, advantage_PG, gold.weight_P)
+            batch = batch if visual is None else batch.replace(patches_PIB=None)
+            done = Experience(batch, packed, outcome(gold), old_PQ, ref_PQ, advantage_PG, gold.weight_P, visual)
             sampled_PQ = pack_values(rollout.logp_PGR, packed)
             gap = jnp.abs(jnp.exp(sampled_PQ) - jnp.exp(old_PQ)) * done.mask_PQ
             weight_PG = jnp.broadcast_to(gold.weight_P[:, None], judged.reward_PG.shape)
@@ -153,20 +157,23 @@ class Programs:
             return done, stats | {f"reward/{name}": mean(term) for name, term in judged.terms.items()}
 
         def loss_sum(params, micro: Experience):
-            logp, entropy = score(model, params, micro.batch, micro.packed, law(micro.outcome_PJ))
+            logp, entropy = score(model, params, micro.batch, micro.packed, law(micro.outcome_PJ), micro.visual)
             advantage_PQ = losses.per_token(micro.advantage_PG, micro.packed.sample_PQ)
             token, metrics = losses.token_loss(logp, micro.old_PQ, micro.ref_PQ, entropy, advantage_PQ, micro.mask_PQ, loss)
             total, _ = losses.aggregate(token, micro.mask_PQ, micro.packed.sample_PQ, G, loss.aggregation)
             pairs = losses.metric_pairs(metrics, micro.mask_PQ, micro.packed.sample_PQ, G, loss.aggregation)
             return total, pairs
 
-        def updated(state: TrainState, experience: Experience, index):
+        def updated(state: TrainState, reference, experience: Experience, index):
             mini = split_rows(experience, config.prompts // config.mini_prompts, index)
             # Exact over the mini-batch; verl 0.6.1 instead averages the token means of its micro-batches (PAPERS C8).
             number = losses.count(mini.mask_PQ, mini.packed.sample_PQ, G, loss.aggregation) + loss.agg_eps
-            return update(state, optimizer, loss_sum, mini, number, config.mini_prompts // config.micro_prompts)
+            whole = lambda trained, micro: loss_sum(merge(trained, reference), micro)  # noqa: E731
+            return update(state, optimizer, whole, mini, number, config.mini_prompts // config.micro_prompts)
 
         self.gather = program(setup.cast, setup.rollout)
+        encoded = program(lambda weights, batch: encode(model, weights, batch))
+        self.encode = encoded if frozen_tower(model.config) else lambda weights, batch: None  # a trained tower: each program for itself
         self.rollout = program(rollout, static_argnames=("group", "greedy"))
         self._judge = program(judged)
         self.pack = program(lambda r, width: pack(r.tokens_PGR, r.state_PGR, r.length_PG, width), static_argnums=1)

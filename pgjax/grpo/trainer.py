@@ -3,13 +3,15 @@
 The arrays of a step, where they come from and how they lie (rows: leading axis over data and fsdp):
 
     batch, gold      PromptBatch, Gold: host, rows          data/pipeline.py, a function of (seed, step)
-    weights          parameters in the compute type, gathered over fsdp
+    policy           parameters: the trained ones, and the reference's where they are not trained    train/trainable.py
+    weights          the policy in the compute type, gathered over fsdp
+    visual           visual tokens [P, M, D] of a frozen tower, rows; None: each program encodes
     rollout          tokens [P, G, R], lengths [P, G], rows  generate/decode.py
     judged           verdict and reward [P, G], rows         automaton.py, rewards.py
     packed           answers back to back [P, Q], rows       generate/score.py
     old, ref         logprobs [P, Q], rows                   the policy before the update, and the reference
     experience       all of it with advantages [P, G], rows  grpo/advantages.py
-    state            parameters and optimiser, sharded       train/update.py, one update per mini-batch of whole groups
+    state            trained parameters, optimiser, sharded  train/update.py, one update per mini-batch of whole groups
 """
 
 import json
@@ -39,6 +41,7 @@ from pgjax.train.progress import Progress
 from pgjax.train.report import write_report
 from pgjax.train.run_folder import RunFolder, check_same_run, read_metrics, remove_run
 from pgjax.train.setup import Setup, make_setup
+from pgjax.train.trainable import merge
 from pgjax.train.update import TrainState, make_optimizer
 
 
@@ -49,18 +52,20 @@ def grpo_step(
     host = materials.train.batch(step, recipe.grpo.prompts)
     batch, gold = place_rows((host.prompt, host.gold), programs.mesh)
 
-    weights = programs.gather(state.params)
-    rollout = programs.rollout(weights, batch, gold, jnp.int32(step), group=recipe.rollout.group, greedy=False)
+    policy = merge(state.params, reference)
+    weights = programs.gather(policy)
+    visual = programs.encode(weights, batch)
+    rollout = programs.rollout(weights, batch, gold, jnp.int32(step), visual, group=recipe.rollout.group, greedy=False)
     judged = programs.judge(rollout, gold, materials.bank)
 
     packed = programs.pack(rollout, programs.packed_width(rollout))
-    old_PQ = programs.score(state.params, batch, packed, gold)
-    ref_PQ = programs.score(reference, batch, packed, gold)
-    experience, metrics = programs.experience(rollout, judged, batch, gold, packed, old_PQ, ref_PQ)
+    old_PQ = programs.score(policy, batch, packed, gold, visual)
+    ref_PQ = programs.score(reference, batch, packed, gold, visual)
+    experience, metrics = programs.experience(rollout, judged, batch, gold, packed, old_PQ, ref_PQ, visual)
 
     updates = []
     for index in range(recipe.grpo.prompts // recipe.grpo.mini_prompts):
-        state, update_metrics = programs.update(state, experience, jnp.int32(index))
+        state, update_metrics = programs.update(state, reference, experience, jnp.int32(index))
         updates.append(update_metrics)
     return state, metrics | {name: jnp.stack([u[name] for u in updates]).mean() for name in updates[0]}
 
@@ -85,7 +90,7 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
         return sft.train(recipe, setup, law, params, materials.train, answers, materials.tokenizer, log)
 
 
-def validate(programs: Programs, materials: Materials, recipe: Recipe, state: TrainState, run: RunFolder, step: int, show: bool) -> Scores:
+def validate(programs: Programs, materials: Materials, recipe: Recipe, policy: dict, run: RunFolder, step: int, show: bool) -> Scores:
     """Score the held-out split with greedy answers, write them as samples, and the report anew.
 
     The first and the last validation are full: label scores, every view of naming, intervals, and evaluation.json.
@@ -98,7 +103,7 @@ def validate(programs: Programs, materials: Materials, recipe: Recipe, state: Tr
         progress.update(len(rows))
 
     with Progress("evaluate", len(materials.held_out), show=show) as progress:
-        weights = programs.gather(state.params)
+        weights = programs.gather(policy)
         scored = evaluate(programs, weights, materials.held_out, materials.full_bank, recipe.grpo.validate_prompts, seen, full)
         scores = summarise(scored)
         if full:
@@ -153,12 +158,13 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False) -> dict[str, floa
             params = setup.load(recipe.checkpoint) if recipe.checkpoint else setup.init(recipe.seed)
             if recipe.sft.steps:
                 params = warm_up(recipe, setup, materials, params, run, show)
-            references.save(0, params)
-            state, reference = setup.state(params, optimizer)
-            scores = validate(programs, materials, recipe, state, run, 0, show)
+            state, reference = setup.state(params, optimizer, recipe.seed)
+            del params
+            references.save(0, reference)
+            scores = validate(programs, materials, recipe, merge(state.params, reference), run, 0, show)
             checkpoints.save(0, state, scores.get("request_f1") if config.keep_best else None)
         else:
-            state, reference = checkpoints.restore(setup.abstract_state(optimizer)), references.restore(setup.abstract_params())
+            state, reference = checkpoints.restore(setup.abstract_state(optimizer)), references.restore(setup.abstract_reference())
 
         compilations = Compilations()
         with Progress("train", config.steps, start=start or 0, show=show) as progress:
@@ -171,7 +177,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False) -> dict[str, floa
                 progress.update(step + 1, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
                 scores = {}
                 if due(step + 1, config.validate_every, config.steps):
-                    scores = validate(programs, materials, recipe, state, run, step + 1, show)
+                    scores = validate(programs, materials, recipe, merge(state.params, reference), run, step + 1, show)
                 if due(step + 1, config.checkpoint_every, config.steps):
                     checkpoints.save(step + 1, state, scores.get("request_f1") if config.keep_best else None)
         summary = summarise_run(run_path, time.monotonic() - began)

@@ -4,57 +4,44 @@ A leaf's path gives its tensor name (`kernel`, `scale` and `embedding` are calle
 number), its shape gives the layout (a checkpoint's `[out, in]` is transposed and reshaped to the leaf).
 """
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pgjax.config import ModelConfig, TextConfig, VisionConfig
-from pgjax.files import read_json
+from pgjax.config import ModelConfig
 
-SCANNED = {"layers", "blocks"}
+SCANNED = {"layers", "blocks", "deepstack_merger_list"}
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+# What the two halves of our tree are called in files. Either spelling is read, the family's own is written.
+PREFIXES = {
+    "qwen2_5_vl": {"model": "model", "visual": "visual"},
+    "qwen3_vl": {"model": "model.language_model", "visual": "model.visual"},
+}
+FILE_BYTES = 4 * 2**30  # of one file of an exported checkpoint
+
+Seen = Callable[[int, int], None]  # tensors and bytes read so far
 
 
-def config_from_hf(path: Path) -> ModelConfig:
-    """ModelConfig of a checkpoint directory's config.json (Qwen2.5-VL)."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json here; point to a Hugging Face checkpoint directory")
-    raw = read_json(path / "config.json")
-    if raw.get("model_type") != "qwen2_5_vl":
-        raise ValueError(f"{path / 'config.json'}: model_type {raw.get('model_type')!r} is not supported; it must be qwen2_5_vl")
-    t, v = raw.get("text_config", raw), raw["vision_config"]
-    rope = t.get("rope_parameters") or t.get("rope_scaling") or {}
-    heads = t["num_attention_heads"]
-    text = TextConfig(
-        vocab=t["vocab_size"],
-        width=t["hidden_size"],
-        layers=t["num_hidden_layers"],
-        heads=heads,
-        kv_heads=t["num_key_value_heads"],
-        head_dim=t["hidden_size"] // heads,
-        mlp=t["intermediate_size"],
-        rope_theta=rope.get("rope_theta") or t["rope_theta"],
-        mrope_section=tuple(rope["mrope_section"]),
-        eps=t["rms_norm_eps"],
-        tied=raw.get("tie_word_embeddings", False),
-    )
-    vision = VisionConfig(
-        width=v["hidden_size"],
-        depth=v["depth"],
-        heads=v["num_heads"],
-        mlp=v["intermediate_size"],
-        patch=v.get("patch_size", 14),
-        temporal=v.get("temporal_patch_size", 2),
-        merge=v.get("spatial_merge_size", 2),
-        window=v["window_size"],
-        full_blocks=tuple(v["fullatt_block_indexes"]),
-        channels=v.get("in_channels", v.get("in_chans", 3)),
-    )
-    return ModelConfig(text=text, vision=vision)
+class Tensor(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """Memory-mapped: what is not looked at is not read."""
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
@@ -67,106 +54,184 @@ def tensor_names(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
     return [".".join([*parts[: at + 1], str(n), *parts[at + 1 :], name]) for n in range(shape[0])]
 
 
-def _matrix(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, int]:
-    """(rows, columns) of one layer's leaf in the checkpoint, later axes taken as one: a kernel's are `[out, in]`, and
-    attention outputs have two input axes, every other kernel one."""
-    if path[-1] != "kernel":
-        cut = len(shape) if path[-1] == "bias" else 1
-        return int(np.prod(shape[:cut])), int(np.prod(shape[cut:]))
-    inputs = 2 if path[-2] in ("o_proj", "proj") and len(shape) == 3 else 1
-    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
-
-
-def _to_leaf(tensor: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """A checkpoint tensor in the leaf's layout (for scanned leaves, that of one layer)."""
-    if path[-1] == "kernel":
-        tensor = tensor.reshape(tensor.shape[0], -1).T
-    return tensor.reshape(shape)
-
-
-def _from_leaf(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
-    """One layer's leaf in checkpoint layout."""
-    if path[-1] != "kernel":
-        return array.reshape(-1) if path[-1] == "bias" else array
-    return np.ascontiguousarray(array.reshape(_matrix(path, array.shape)[::-1]).T)
-
-
-def _headers(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Tensor name -> file and shape, over model.safetensors or all shards."""
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        raise ValueError(f"{path}: no .safetensors file here; point to a Hugging Face checkpoint directory")
-    where = {}
-    for file in found:
-        try:
-            with safe_open(file, "np") as f:
-                where |= {name: (file, tuple(f.get_slice(name).get_shape())) for name in f.keys()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read ({error}); copy the file again") from error
-    return where
-
-
 def _layer_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of one layer's part of a leaf: scanned leaves have a leading axis of layers."""
     return shape[1:] if SCANNED & set(path) else shape
 
 
-def check_params(path: str | Path, abstract) -> dict[str, Path]:
-    """Tensor name -> file of a checkpoint directory that fits `abstract` (the unboxed tree of shapes), read from the headers alone.
+def _inputs(path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+    """Input axes of one layer's kernel: attention outputs have two, every other kernel one."""
+    return 2 if path[-2] in ("o_proj", "proj") and len(shape) == 3 else 1
 
-    ValueError for a directory without weights, a broken file, missing tensors (all at once) and a tensor of another shape.
+
+def _matrix(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of one layer's leaf in the checkpoint, with a convolution's window as one axis: `[out, in]` for a kernel, whose heads
+    are joined; others as they are, biases flat."""
+    if path[-1] == "bias":
+        return (math.prod(shape),)
+    if path[-1] != "kernel":
+        return shape
+    inputs = _inputs(path, shape)
+    return math.prod(shape[inputs:]), math.prod(shape[:inputs])
+
+
+def _to_leaf(tensor: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """A checkpoint tensor as a view in the leaf's layout (for scanned leaves, that of one layer)."""
+    if path[-1] != "kernel":
+        return tensor.reshape(shape)
+    inputs = _inputs(path, shape)
+    split = tensor.reshape(*shape[inputs:], *shape[:inputs])
+    return np.moveaxis(split, range(-inputs, 0), range(inputs))
+
+
+def _copy(part: np.ndarray, view: np.ndarray, path: tuple[str, ...]) -> None:
+    """Fill `part` from a view in its layout, a few rows of the file at a time: turned as a whole, a matrix misses the cache everywhere."""
+    at = _inputs(path, part.shape) if path[-1] == "kernel" else 0  # the file's slowest axis
+    step = max(1, 2**18 * view.shape[at] // view.size)
+    for start in range(0, view.shape[at], step):
+        rows = (slice(None),) * at + (slice(start, start + step),)
+        part[rows] = view[rows].astype(part.dtype, order="K")
+
+
+def _from_leaf(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+    """One layer's leaf in checkpoint layout."""
+    matrix = _matrix(path, array.shape)
+    return np.ascontiguousarray(array.reshape(matrix[::-1]).T) if path[-1] == "kernel" else array.reshape(matrix)
+
+
+def canonical(name: str) -> str:
+    """A tensor's name as our tree has it, whichever of the PREFIXES the file uses."""
+    for prefix, ours in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if name.startswith(prefix):
+            return ours + name.removeprefix(prefix)
+    return name
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    """Canonical name -> place, over model.safetensors or all shards. Headers alone are read."""
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise ValueError(f"{path}: no .safetensors file here; point to a Hugging Face checkpoint directory")
+    where: dict[str, Tensor] = {}
+    for file in found:
+        try:
+            with safe_open(file, "np"):  # checks header and length
+                pass
+            with file.open("rb") as f:
+                size = int.from_bytes(f.read(8), "little")
+                header = json.loads(f.read(size))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); copy the file again") from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{file}: tensor {name} has type {entry['dtype']}; {', '.join(DTYPES)} are read")
+            offset = 8 + size + entry["data_offsets"][0]
+            where[canonical(name)] = Tensor(file, offset, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]))
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and (absent := sorted({*json.loads(index.read_text())["weight_map"].values()} - {f.name for f in found})):
+        raise ValueError(f"{path}: {', '.join(absent)} of {index.name} is not here; copy the missing files")
+    return where
+
+
+def tensor_shapes(abstract) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes (a convolution's window as one axis) of the tensors of a parameter tree."""
+    leaves = traverse_util.flatten_dict(abstract).items()
+    return {name: _matrix(p, _layer_shape(p, leaf.shape)) for p, leaf in leaves for name in tensor_names(p, leaf.shape)}
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+
+
+def check_params(path: str | Path, abstract) -> dict[str, Tensor]:
+    """The tensors of a checkpoint directory that fits `abstract` (the unboxed tree of shapes), read from the headers alone.
+
+    ValueError for a directory without weights, a broken or absent file, and for missing, surplus and misshapen tensors, all at once.
+    A head's own copy beside a tied embedding is no surplus.
     """
-    path = Path(path)
-    where, leaves = _headers(path), traverse_util.flatten_dict(abstract)
-    missing = [n for p, leaf in leaves.items() for n in tensor_names(p, leaf.shape) if n not in where]
-    if missing:
-        raise ValueError(f"{path}: {len(missing)} tensors are missing: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")
-    for p, leaf in leaves.items():
-        wanted = _matrix(p, _layer_shape(p, leaf.shape))
-        for name in tensor_names(p, leaf.shape):
-            file, shape = where[name]
-            if (*shape[:1], int(np.prod(shape[1:]))) != wanted:
-                raise ValueError(f"{file}: tensor {name} has shape {shape}; the recipe's model asks for {wanted}")
-    return {name: file for name, (file, _) in where.items()}
+    path, wanted = Path(path), tensor_shapes(abstract)
+    where = _tensors_of(path)
+    missing = [name for name in wanted if name not in where]
+    surplus = [name for name in where if name not in wanted and name != "lm_head.weight" and not name.endswith("inv_freq")]
+
+    def joined(shape):
+        return (*shape[:1], math.prod(shape[1:])) if len(shape) > 1 else shape  # a convolution's window is one axis
+
+    bad = [f"{n} {where[n].shape} instead of {shape}" for n, shape in wanted.items() if n in where and joined(where[n].shape) != shape]
+    kinds = (("missing", missing), ("surplus", surplus), ("misshapen", bad))
+    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in kinds if names]
+    if problems:
+        raise ValueError(f"{path}: tensors do not fit the recipe's model: {'; '.join(problems)}")
+    return where
 
 
-def load_params(path: str | Path, abstract, shardings):
-    """Parameters of a checkpoint directory, float32, straight into sharded arrays: a process reads what its devices need.
+def load_params(path: str | Path, abstract, shardings, seen: Seen = lambda done, size: None):
+    """Parameters of a checkpoint directory in `abstract`'s types, straight into sharded arrays.
 
-    `abstract` is the unboxed tree of shapes, `shardings` its tree of NamedShardings. Errors as in `check_params`.
+    A process reads what its devices need, tensor by tensor, and holds no more than their share of the parameters and one tensor.
+    `shardings` is the tree of NamedShardings. Errors as in `check_params`.
     """
     where, leaves = check_params(path, abstract), traverse_util.flatten_dict(abstract)
+    done = read = 0
 
     def load(p, leaf, sharding):
+        nonlocal done, read
         names, layer_shape = tensor_names(p, leaf.shape), _layer_shape(p, leaf.shape)
-
-        def read(name):
-            with safe_open(where[name], "np") as f:
-                return _to_leaf(f.get_tensor(name).astype(np.float32), p, layer_shape)
-
-        def shard(index):
-            if layer_shape == leaf.shape:
-                return read(names[0])[index]
-            layers = range(*index[0].indices(leaf.shape[0]))
-            return np.stack([read(names[n])[index[1:]] for n in layers])
-
-        return jax.make_array_from_callback(leaf.shape, sharding, shard)
+        index_of = sharding.addressable_devices_indices_map(leaf.shape)
+        part_of: dict[str, np.ndarray] = {}  # by index: devices that replicate a part share it
+        for index in index_of.values():
+            shape = [len(range(*at.indices(size))) for at, size in zip(index, leaf.shape, strict=True)]
+            part_of.setdefault(str(index), np.empty(shape, leaf.dtype))
+        for n, name in enumerate(names):
+            tensor = _to_leaf(where[name].read(), p, layer_shape)
+            for index in {str(index): index for index in index_of.values()}.values():
+                part, scanned = part_of[str(index)], layer_shape != leaf.shape  # the axis of layers is never sharded
+                _copy(part[n] if scanned else part, tensor[index[1:] if scanned else index], p)
+            done, read = done + 1, read + tensor.nbytes
+            seen(done, read)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part_of[str(index)])
 
     flat_shardings = traverse_util.flatten_dict(shardings)
     return traverse_util.unflatten_dict({p: load(p, leaf, flat_shardings[p]) for p, leaf in leaves.items()})
 
 
-def tensors(params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every checkpoint tensor of a parameter tree."""
+def tensors(params, config: ModelConfig, dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every checkpoint tensor of a parameter tree, named as the family's files name them."""
+    v = config.vision
     for path, leaf in traverse_util.flatten_dict(params).items():
-        names = tensor_names(path, leaf.shape)
-        layers = np.asarray(leaf) if SCANNED & set(path) else np.asarray(leaf)[None]
-        yield from ((name, _from_leaf(layer, path)) for name, layer in zip(names, layers, strict=True))
+        names = tensor_names((PREFIXES[config.family].get(path[0], path[0]), *path[1:]), leaf.shape)
+        layers = leaf if SCANNED & set(path) else leaf[None]
+        for n, name in enumerate(names):
+            tensor = _from_leaf(np.asarray(layers[n]).astype(dtype), path)
+            window = path[1:] == ("patch_embed", "proj", "kernel")
+            yield name, tensor.reshape(-1, v.channels, v.temporal, v.patch, v.patch) if window else tensor
 
 
-def save_params(path: Path, params, vision: VisionConfig) -> None:
-    """Write model.safetensors with the checkpoint's own names and shapes."""
-    out = dict(tensors(params))
-    patch = "visual.patch_embed.proj.weight"
-    out[patch] = out[patch].reshape(-1, vision.channels, vision.temporal, vision.patch, vision.patch)
-    save_file(out, path / "model.safetensors", metadata={"format": "pt"})
+def save_params(path: Path, params, config: ModelConfig, dtype=np.float32, file_bytes: int = FILE_BYTES) -> None:
+    """Write the parameters with the checkpoint's own names and shapes: model.safetensors, or files of at most `file_bytes` (a larger
+    tensor is a file of its own) with their index. The host holds one file's tensors at a time."""
+    files: list[dict[str, int]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def flush():
+        save_file(held, path / f"part-{len(files)}", metadata={"format": "pt"})
+        files.append({name: tensor.nbytes for name, tensor in held.items()})
+        held.clear()
+
+    for name, tensor in tensors(params, config, dtype):
+        if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > file_bytes:
+            flush()
+        held[name] = tensor
+    flush()
+    if len(files) == 1:
+        (path / "part-0").rename(path / "model.safetensors")
+        return
+    weight_map = {}
+    for n, sizes in enumerate(files):
+        file = f"model-{n + 1:05}-of-{len(files):05}.safetensors"
+        (path / f"part-{n}").rename(path / file)
+        weight_map |= dict.fromkeys(sizes, file)
+    total = sum(size for sizes in files for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

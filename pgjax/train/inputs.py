@@ -42,7 +42,7 @@ def check_inputs(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
     if recipe.reward.bank:
         load_bank(recipe.reward.bank, taxonomy, embedder, never_seen)
     if recipe.checkpoint:
-        check_params(recipe.checkpoint, make_setup(recipe.model, mesh).abstract)
+        check_params(recipe.checkpoint, make_setup(recipe.model, mesh).abstract_reference())
     if not recipe.tokenizer_vocab:
         if not recipe.checkpoint:
             raise ValueError("tokenizer_vocab 0 takes the checkpoint's tokenizer: set checkpoint, or the size of a tokenizer to train")

@@ -18,7 +18,7 @@ Pairs = dict[str, tuple[jax.Array, jax.Array]]
 
 @struct.dataclass
 class TrainState:
-    """Everything that an update changes. `updates` counts optimiser steps."""
+    """Everything that an update changes. `updates` counts optimiser steps; `params` are the trained ones alone (train/trainable.py)."""
 
     updates: jax.Array
     params: dict

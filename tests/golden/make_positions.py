@@ -27,21 +27,19 @@ def rows(count: int, seed: int = 0) -> list[tuple[np.ndarray, list[tuple[int, in
     return out
 
 
-def rope_index(is_image_T: np.ndarray, grids: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """Positions [T, 3] and delta of transformers' Qwen2.5-VL, whose grids count patches (2 x 2 to a visual token)."""
-    import torch
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+def rope_index(tokens_1T, types_1T, grids, family: str = "qwen2_5_vl") -> tuple[np.ndarray, int]:
+    """Positions [T, 3] and delta of transformers' Qwen-VL models, from tensors; `grids` (or None) count patches, 2 x 2 to a visual token.
 
+    Without `types_1T` (its mm_token_type_ids) Qwen2.5-VL would silently count on.
+    """
+    import torch
+    from transformers import Qwen2_5_VLModel, Qwen3VLModel
+
+    kind = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}[family]
     config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=2))
-    model = SimpleNamespace(config=config, get_vision_position_ids=lambda *a, **k: Qwen2_5_VLModel.get_vision_position_ids(None, *a, **k))
-    marks = torch.tensor(is_image_T)[None]
-    position, delta = Qwen2_5_VLModel.get_rope_index(
-        model,
-        torch.where(marks, IMAGE, TEXT),
-        mm_token_type_ids=marks.int(),
-        image_grid_thw=torch.tensor([(1, 2 * h, 2 * w) for h, w in grids]) if grids else None,
-        attention_mask=torch.ones_like(marks),
-    )
+    model = SimpleNamespace(config=config, get_vision_position_ids=lambda *a, **k: kind.get_vision_position_ids(None, *a, **k))
+    mask = torch.ones_like(tokens_1T)
+    position, delta = kind.get_rope_index(model, tokens_1T, mm_token_type_ids=types_1T, image_grid_thw=grids, attention_mask=mask)
     return position[:, 0].numpy().T, int(delta)
 
 
@@ -57,9 +55,13 @@ WINDOWED = [((2 * h, 2 * w), window) for h, w in ((1, 1), (2, 2), (3, 4), (4, 4)
 
 
 def main() -> None:
+    import torch
+
     arrays = {}
     for n, (is_image_T, grids) in enumerate(rows(24)):
-        position_TX, delta = rope_index(is_image_T, grids)
+        marks = torch.tensor(is_image_T)[None]
+        patches = torch.tensor([(1, 2 * h, 2 * w) for h, w in grids]) if grids else None
+        position_TX, delta = rope_index(torch.where(marks, IMAGE, TEXT), marks.int(), patches)
         arrays |= {f"row{n}_is_image": is_image_T, f"row{n}_grids": np.array(grids, np.int32).reshape(-1, 2)}
         arrays |= {f"row{n}_position": position_TX.astype(np.int32), f"row{n}_delta": np.int32(delta)}
     arrays |= {f"window{n}": window_index(*case).astype(np.int32) for n, case in enumerate(WINDOWED)}

@@ -1,0 +1,66 @@
+"""Conversations as text, with their pictures, to arrays of one shape: visual tokens at the pads, patches in slots, M-RoPE positions."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pgjax.config import VisionConfig
+from pgjax.data.images import image_patches, load_image
+from pgjax.data.positions import mrope_positions
+from pgjax.data.schema import PromptBatch
+from pgjax.tokenizer import IMAGE_PAD
+
+
+class Prompt(NamedTuple):
+    """One conversation, rendered by the chat template: one image pad for each picture, in order."""
+
+    number: int  # names the prompt for randomness
+    text: str
+    images: Sequence[bytes]  # picture files
+
+
+def prompt_batch(prompts: Sequence[Prompt], tokenizer, vision: VisionConfig, T: int, I: int) -> PromptBatch:  # noqa: E741
+    """P prompts as numpy arrays, padded to T tokens and I slots for patches. `vision` has the bounds for resizing.
+
+    Raises ValueError for a prompt that does not fit, a picture that cannot be read, or other numbers of pads than of pictures.
+    """
+    P, pad = len(prompts), tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+    arrays: dict[str, Any] = dict(
+        tokens_PT=np.zeros((P, T), np.int32),
+        length_P=np.zeros(P, np.int32),
+        position_PTX=np.zeros((P, T, 3), np.int32),
+        delta_P=np.zeros(P, np.int32),
+        visual_PT=np.full((P, T), -1, np.int32),
+        patches_PIB=np.zeros((P, I, vision.channels * vision.temporal * vision.patch**2), np.float32),
+        patch_yx_PI2=np.zeros((P, I, 2), np.int32),
+        grid_PI2=np.zeros((P, I, 2), np.int32),
+        image_PI=np.full((P, I), -1, np.int32),
+        id_P=np.array([prompt.number % 2**32 for prompt in prompts], np.uint32),
+    )
+    batch = PromptBatch(**arrays)
+    for p, prompt in enumerate(prompts):
+        images = [image_patches(load_image(raw), vision) for raw in prompt.images]
+        tokens = np.array(tokenizer(prompt.text, add_special_tokens=False)["input_ids"], np.int32)
+        if (tokens == pad).sum() != len(images):
+            raise ValueError(f"prompt {p} has {len(images)} pictures and {(tokens == pad).sum()} places for them in its text")
+        copies = np.ones(len(tokens), np.int32)
+        copies[tokens == pad] = [len(image.slot_of_raster_token) for image in images]
+        tokens = np.repeat(tokens, copies)
+        length, slots = len(tokens), sum(len(image.valid_I) for image in images)
+        if length > T or slots > I:
+            raise ValueError(f"prompt {p} has {length} tokens and {slots} slots of patches; data.prompt_tokens is {T}, data.patches {I}")
+        batch.tokens_PT[p, :length], batch.length_P[p] = tokens, length
+        merged_grids = [(image.grid[0] // vision.merge, image.grid[1] // vision.merge) for image in images]
+        batch.position_PTX[p, :length], batch.delta_P[p] = mrope_positions(tokens == pad, merged_grids)
+        slot, merged = 0, []
+        for number, image in enumerate(images):
+            here = slice(slot, slot + len(image.valid_I))
+            batch.patches_PIB[p, here], batch.patch_yx_PI2[p, here] = image.patches_IB, image.yx_I2
+            batch.grid_PI2[p, here] = np.where(image.valid_I[:, None], image.grid, 0)
+            batch.image_PI[p, here] = np.where(image.valid_I, number, -1)
+            merged.append(slot // vision.merge**2 + image.slot_of_raster_token)
+            slot = here.stop
+        if merged:
+            batch.visual_PT[p, np.flatnonzero(tokens == pad)] = np.concatenate(merged)
+    return batch
