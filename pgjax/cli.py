@@ -31,14 +31,15 @@ def start_jax(devices: int) -> None:
 def recipe_of(args: argparse.Namespace, rest: list[str]):
     from pgjax.recipes import load_recipe, override, validate
 
-    recipe = override(load_recipe(args.config), rest)
-    if recipe.checkpoint:
+    recipe = load_recipe(args.config)
+    if folder := override(recipe, rest).checkpoint:
         from pgjax.models.hf_config import config_from_hf
 
-        told = config_from_hf(Path(recipe.checkpoint))
-        model = dataclasses.replace(recipe.model, family=told.family, text=told.text, vision=told.vision)
-        recipe = dataclasses.replace(recipe, model=model)
-    return validate(recipe)
+        told = config_from_hf(Path(folder))
+        recipe = dataclasses.replace(
+            recipe, model=dataclasses.replace(recipe.model, family=told.family, text=told.text, vision=told.vision)
+        )
+    return validate(override(recipe, rest))
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:

@@ -26,6 +26,7 @@ from tiny_recipe import tiny_recipe
 from pgjax.bank import Bank
 from pgjax.cli import main
 from pgjax.models.checkpoint import save_params
+from pgjax.models.hf_config import config_to_hf
 from pgjax.parallel.mesh import make_mesh
 from pgjax.recipes import load_recipe, to_json
 from pgjax.tokenizer import train_byte_bpe
@@ -39,6 +40,7 @@ ENTRY = "- category: {}\n  description: Rain on a picnic.\n  synonymous-phrase: 
 # Runs and recipes of this process take its devices as they are.
 TOY = dataclasses.replace(load_recipe("toy"), devices=0)
 CONFIG = to_json(TOY)
+TOY_CONFIG = json.dumps(config_to_hf(TOY.model, {}))
 TRAIN, MODERATE = "train toy --devices 0", "moderate --model runs/bare --request hello"
 PUBLIC, OWN = "train public_mix --devices 0 --mesh.data 8", f"{TRAIN} --data.name jsonl"
 ANSWER = {"answer": "", "modality": "text", "query_label": "safe", "response_label": "", "category": "", "original_category": ""}
@@ -133,6 +135,9 @@ FILES: dict[str, bytes | str] = {
     "array.npz": npy(),
     "lacks.npz": npz(embedding_NSE=np.zeros((1, 1, 1))),
     "other.npz": npz(**FIELDS | {"taxonomy": "another", "embedder": "another"}),
+    "weights-cut/config.json": TOY_CONFIG,
+    "weights-none/config.json": TOY_CONFIG,
+    "weights-llama/config.json": '{"model_type": "llama"}',
     "weights-cut/model.safetensors": b"\x10\x00\x00\x00\x00\x00\x00\x00{",
     "weights-none/readme": "",
     "prompts/text.txt": "{policy} {thinking}",
@@ -144,6 +149,7 @@ FILES: dict[str, bytes | str] = {
     "nobody.jsonl": '{"response": "hello"}\n',
     "picture.jsonl": '{"image": "cut.png"}\n',
     "empty.jsonl": "",
+    "own.jsonl": '{"request": "hello"}\n',
     "blank.jsonl": "\n \n",
     "binary.jsonl": b"\xff\xfe\x00",
     "label.jsonl": json.dumps(ANSWER) + "\n" + json.dumps(ANSWER | {"query_label": "nice"}) + "\n",
@@ -294,10 +300,18 @@ CASES: list[tuple[str, ...]] = [  # the command, and what its one line says
     (f"{OWN} --data.root id", "id/train.jsonl line 1", "'C99'", "did you mean"),
     (f"{OWN} --data.root torn", "torn", "group 'x'", "keep a group in one"),
     # checkpoints to start from, places to write to
-    (f"{TRAIN} --checkpoint nowhere", "nowhere", "no .safetensors file", "Hugging Face checkpoint directory"),
+    (f"{TRAIN} --checkpoint nowhere", "nowhere", "no config.json", "Hugging Face checkpoint directory"),
+    (f"{TRAIN} --checkpoint weights-llama", "weights-llama/config.json", "model_type 'llama' is not supported; it must be qwen2_5_vl"),
     (f"{TRAIN} --checkpoint weights-none", "weights-none", "no .safetensors file", "Hugging Face checkpoint directory"),
     (f"{TRAIN} --checkpoint weights-cut", "weights-cut/model.safetensors", "copy the file again"),
     (f"{TRAIN} --tokenizer-vocab 0", "tokenizer_vocab 0", "checkpoint"),
+    (f"{TRAIN} --model.lora-rank -1", "model.lora_rank -1"),
+    (f"{TRAIN} --model.lora-rank 4 --model.lora-alpha 0", "model.lora_alpha 0"),
+    ("export runs/bare new", "checkpoint", "runs/bare"),
+    ("export nowhere new", "nowhere is not a run folder"),
+    ("score --model nowhere --jsonl rows.jsonl", "rows.jsonl cannot be read"),
+    ("score --model weights-none --jsonl own.jsonl", "weights-none", "no .safetensors file"),
+    ("score --model weights-llama --jsonl own.jsonl", "model_type 'llama' is not supported"),
     (f"{TRAIN} --runs file", "file", "--runs"),
 ]
 
@@ -359,6 +373,7 @@ def trained(tmp_path_factory):
         checkpoints.close()
     (path / "weights").mkdir()
     save_params(path / "weights", state.params, recipe.model)
+    (path / "weights" / "config.json").write_text(json.dumps(config_to_hf(recipe.model, {})))
     (path / "tiny.py").write_text(f"from pgjax.recipes import from_json\nrecipe = from_json({to_json(recipe)!r})\n")
     return path
 
@@ -406,8 +421,8 @@ DAMAGED = [  # what is done to the run folder, the command, and what its one lin
         "other weights",
         None,
         "train tiny.py --name new --checkpoint weights --model.text.mlp 96",
-        "model.safetensors",
-        "has shape",
+        "weights: tensors do not fit the recipe's model",
+        "misshapen: model.layers.0.mlp.",
     ),
     (
         "weights without tokenizer",

@@ -51,7 +51,7 @@ def as_one_prompt(tokens_PGR) -> np.ndarray:
         tokens[row, end : end + R] = tokens_PGR.reshape(P * G, R)[row]
         position[row, end : end + R] = position[row, :end].max() + 1 + np.arange(R)[:, None]
     run = jax.jit(lambda params, *args: MODEL.apply({"params": params}, *args), compiler_options=QUICK)
-    patches = (repeat(x) for x in (prompts.patches_PIB, prompts.patch_yx_PI2, prompts.image_PI))
+    patches = (repeat(x) for x in (prompts.patches_PIB, prompts.patch_yx_PI2, prompts.grid_PI2, prompts.image_PI))
     logits = np.asarray(run(host_params(), *patches, tokens, visual, position, length + R))
     return np.stack([x[end - 1 : end - 1 + R] for x, end in zip(logits, length, strict=True)]).reshape(P, G, R, -1)
 
