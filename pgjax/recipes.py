@@ -3,16 +3,17 @@
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import io
 import json
 import math
 import runpy
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgjax.config import OptimizerConfig, Recipe
+from pgjax.config import ModelConfig, Recipe
 
 # Where a bare name such as `toy` is looked for: below the current folder, then beside the package.
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).parent.parent / "configs")
@@ -90,16 +91,17 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str, names: list[str]) -> str:
-    """', did you mean NAME?' or nothing. Initials count, so that lr finds learning-rate."""
+    """', did you mean NAME?' or nothing. Initials count, so that lr finds learning-rate; a key of no group is first looked for in grpo."""
+    group = (key if "." in key else "--grpo").partition(".")[0]
 
-    def closeness(name: str) -> tuple[bool, float]:
+    def closeness(name: str) -> tuple[bool, bool, float]:
         last, given = (x.replace("_", "-").rpartition(".")[2].lstrip("-") for x in (name, key))
         initials = "".join(word[0] for word in last.split("-") if word)
         same = last == given or (len(given) > 1 and initials == given)
-        return same, difflib.SequenceMatcher(None, key.replace("_", "-"), name).ratio()
+        return same, same and name.partition(".")[0] == group, difflib.SequenceMatcher(None, key.replace("_", "-"), name).ratio()
 
     best = max(names, key=closeness, default=None)
-    return f", did you mean {best}?" if best and (closeness(best)[0] or closeness(best)[1] > 0.5) else ""
+    return f", did you mean {best}?" if best and (closeness(best)[0] or closeness(best)[-1] > 0.5) else ""
 
 
 def to_json(recipe: Recipe) -> str:
@@ -113,10 +115,15 @@ def from_json(text: str) -> Recipe:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"recipe: not JSON: {error}") from error
-    return _read(Recipe, data, "recipe")
+    return typed(Recipe, data, "recipe")
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """A value from JSON as a field of type `kind`: a config class (from an object), a tuple (from a list), X | None, Literal or plain type.
+
+    Raises ValueError, which begins with `where` and names the key below it, for a value of another type and for an unknown key.
+    """
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected an object, got {value!r}")
@@ -124,153 +131,112 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         for key in value:
             if key not in hints:
                 raise ValueError(f"{where}: unknown key {key}{_nearest(key, list(hints))}")
-        return kind(**{key: _read(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-    return _read_leaf(kind, value, where)
-
-
-def _read_leaf(kind: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        fits = value in options
-    elif type(None) in options:  # X | None
-        return None if value is None else _read(next(x for x in options if x is not type(None)), value, where)
-    elif typing.get_origin(kind) is tuple:
-        fits = isinstance(value, list) and (options[-1] is Ellipsis or len(value) == len(options))
-        if fits:
-            kinds = [options[0]] * len(value) if options[-1] is Ellipsis else options
-            return tuple(_read(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(kinds, value, strict=True)))
-    elif kind is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    else:
-        fits = type(value) is kind
-    if not fits:
-        raise ValueError(f"{where}: {value!r} is not {getattr(kind, '__name__', kind) if not options else kind}")
-    return value
+        return kind(**{key: typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    if type(None) in options:
+        return None if value is None else typed(options[0], value, where)
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [options[0]] * len(value) if options[-1] is Ellipsis else options
+        if len(kinds) == len(value):
+            return tuple(typed(item_kind, item, f"{where}[{i}]") for i, (item_kind, item) in enumerate(zip(kinds, value, strict=True)))
+    if type(value) is kind or (origin is typing.Literal and value in options):
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    raise ValueError(f"{where}: {value!r} is not {kind if options else kind.__name__}")
 
 
 def validate(recipe: Recipe) -> Recipe:
     """Returns the recipe unchanged, or raises ValueError naming every field that does not fit the others."""
     # The later checks divide by sizes, so these come first.
-    problems = _value_problems(recipe) or [*_model_problems(recipe), *_data_problems(recipe), *_training_problems(recipe)]
+    problems = _value_problems(recipe) or [*model_problems(recipe.model), *_run_problems(recipe), *_mesh_problems(recipe)]
     if problems:
         raise ValueError(f"recipe {recipe.name}: " + "; ".join(problems))
     return recipe
 
 
-def _value_problems(recipe: Recipe) -> list[str]:
-    """What is wrong with single values, whatever the others are."""
-    numbers = {key: value for key, value in _values(recipe) if isinstance(value, int | float) and not isinstance(value, bool)}
-    problems = [f"{key} {value} must be a finite number" for key, value in numbers.items() if not math.isfinite(value)]
-    off = ("model.vision.window", "model.vision.positions", "model.lora_rank")  # at 0
-    sizes = [key for key in numbers if key.startswith("model.") and key not in off]
-    problems += [f"{key} {numbers[key]} must be above 0" for key in sizes if numbers[key] <= 0]
-    least = {
-        0: ("seed", "devices", "grpo.validate_every", "grpo.checkpoint_every", *off),  # every 0 steps: never
-        1: ("grpo.validate_prompts", "sft.prompts", "data.max_pixels"),
-        2: ("data.train_examples", "data.eval_examples"),  # generated in twins
-    }
-    for low, keys in least.items():
-        problems += [f"{key} {numbers[key]} must be at least {low}" for key in keys if numbers.get(key, low) < low]
-    if recipe.tokenizer_vocab and recipe.tokenizer_vocab < 320:  # as tokenizer.train_byte_bpe
-        problems.append(f"tokenizer_vocab {recipe.tokenizer_vocab} must be 0 (the checkpoint's tokenizer) or at least 320")
+# What a number (each one of a tuple) must be, whatever the others are; the first row with a pattern of its key counts.
+RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("3", lambda x: x == 3, "model.vision.channels"),
+    ("in 0 to 1", lambda x: 0 <= x <= 1, "model.vision.mean data.ood.share grpo.loss.clip_low"),
+    ("above 0, at most 1", lambda x: 0 < x <= 1, "rollout.top_p sft.label_share"),
+    ("from 0 to below 1", lambda x: 0 <= x < 1, "*.optimizer.b[12]"),
+    ("0 (off) or above 1", lambda x: x == 0 or x > 1, "grpo.loss.dual_clip"),
+    ("0 (the checkpoint's tokenizer) or at least 320", lambda x: x == 0 or x >= 320, "tokenizer_vocab"),  # as tokenizer.train_byte_bpe
+    ("at least 0", lambda x: x >= 0, "model.vision.window model.vision.positions model.*_blocks model.*.deepstack model.lora_rank"),
+    ("at least 0", lambda x: x >= 0, "seed devices data.patches rollout.top_k *.steps *_every grpo.loss.clip_high grpo.loss.*_eps"),
+    ("above 0", lambda x: x > 0, "model.* rollout.temperature *.learning_rate"),
+    ("at least 0", lambda x: x >= 0, "*.optimizer.*"),
+    ("at least 2", lambda x: x >= 2, "data.*_examples"),  # generated in twins
+    ("at least 3", lambda x: x >= 3, "reward.name_tokens"),
+    ("at least 1", lambda x: x >= 1, "data.* answer.* rollout.* sft.* grpo.*_prompts grpo.prompts grpo.keep_checkpoints"),
+)
+
+
+def _value_problems(node: Any, prefix: str = "") -> list[str]:
+    """What is wrong with single numbers of a config and the configs in it; `prefix` is where it stands in the recipe."""
+    problems = []
+    for name, value in vars(node).items():
+        key = prefix + name
+        numbers = [x for x in (value if isinstance(value, tuple) else [value]) if isinstance(x, int | float) and not isinstance(x, bool)]
+        rules = [(must, good) for must, good, keys in RULES if any(fnmatch.fnmatchcase(key, pattern) for pattern in keys.split())]
+        broken = [must for must, good in [("a finite number", math.isfinite), *rules[:1]] if not all(map(good, numbers))]
+        problems += [f"{key} {value} must be {broken[0]}"] if broken else []
+        problems += _value_problems(value, f"{key}.") if dataclasses.is_dataclass(value) else []
     return problems
 
 
-def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of all leaves."""
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _values(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
-
-
-def _model_problems(recipe: Recipe) -> list[str]:
-    text, vision, family = recipe.model.text, recipe.model.vision, recipe.model.family
-    deepstack = vision.deepstack
+def model_problems(model: ModelConfig) -> list[str]:
+    """What is wrong with a model, each line with the value's key in a recipe; nothing when it can be built, trained and exported."""
+    if problems := _value_problems(model, "model."):
+        return problems
+    text, vision, qwen3 = model.text, model.vision, model.family == "qwen3_vl"
+    deepstack, unit = vision.deepstack, vision.patch * vision.merge
     checks = {
-        f"model.vision.channels {vision.channels} must be 3": vision.channels == 3,
-        f"model.text.heads {text.heads} must be a multiple of kv_heads {text.kv_heads}": text.heads % text.kv_heads == 0,
-        f"model.text.mrope_section {text.mrope_section} must sum to half of head_dim {text.head_dim}": 2 * sum(text.mrope_section)
+        f"text.heads {text.heads} must be a multiple of kv_heads {text.kv_heads}": text.heads % text.kv_heads == 0,
+        f"text.mrope_section {text.mrope_section} must sum to half of head_dim {text.head_dim}": sum(text.mrope_section) * 2
         == text.head_dim,
-        f"model.text.vocab {text.vocab} must hold the tokenizer_vocab {recipe.tokenizer_vocab}": text.vocab >= recipe.tokenizer_vocab,
-        f"model.vision.width {vision.width} must be a multiple of 4 x heads {vision.heads}": vision.width % (4 * vision.heads) == 0,
-        f"model.vision.window {vision.window} must be a multiple of patch x merge {vision.patch * vision.merge}": vision.window
-        % (vision.patch * vision.merge)
-        == 0,
-        f"model.vision.full_blocks {vision.full_blocks} must lie below depth {vision.depth}": all(
-            0 <= block < vision.depth for block in vision.full_blocks
-        ),
-        f"model.vision.window {vision.window} must be 0 with family qwen3_vl": family == "qwen2_5_vl" or not vision.window,
-        f"model.vision.positions {vision.positions} must be 0 with family qwen2_5_vl": family == "qwen3_vl" or not vision.positions,
-        f"model.vision.deepstack {deepstack} must grow and lie below depth {vision.depth}": list(deepstack)
+        f"vision.width {vision.width} must be a multiple of 4 x heads {vision.heads}": vision.width % (4 * vision.heads) == 0,
+        f"vision.window {vision.window} must be a multiple of patch x merge {unit}": vision.window % unit == 0,
+        f"vision.full_blocks {vision.full_blocks} must lie below depth {vision.depth}": max(vision.full_blocks, default=0) < vision.depth,
+        f"vision.deepstack {deepstack} must grow and lie below depth {vision.depth}": list(deepstack)
         == sorted({*deepstack} & {*range(vision.depth)}),
-        f"model.vision.deepstack {deepstack} must not name more blocks than model.text.layers {text.layers}": len(deepstack) <= text.layers,
-        f"model.vision.mean {vision.mean} must lie in 0 to 1": all(0 <= value <= 1 for value in vision.mean),
-        f"model.vision.std {vision.std} must be above 0": all(0 < value < math.inf for value in vision.std),
-        f"model.vision.min_pixels {vision.min_pixels} must not be above max_pixels {vision.max_pixels}": vision.min_pixels
-        <= vision.max_pixels,
-        f"data.patches {recipe.data.patches} must be a multiple of {vision.window_patches} patches (one window, or merge block)": (
-            recipe.data.patches % vision.window_patches == 0
-        ),
+        f"vision.deepstack {deepstack} must not name more blocks than model.text.layers {text.layers}": len(deepstack) <= text.layers,
+        f"vision.min_pixels {vision.min_pixels} must not be above max_pixels {vision.max_pixels}": vision.min_pixels <= vision.max_pixels,
     }
-    return _failed(checks)
-
-
-def _data_problems(recipe: Recipe) -> list[str]:
-    data, rollout, group = recipe.data, recipe.rollout, recipe.rollout.group
-    keep, buckets, longest = data.ood.keep, rollout.packed_tokens, group * recipe.answer.max_tokens
-    checks = {
-        f"data.name {data.name!r} must be 'toy', 'public_mix' or 'jsonl'": data.name in ("toy", "public_mix", "jsonl"),
-        f"data.ood.share {data.ood.share} must lie in 0 to 1": 0 <= data.ood.share <= 1,
-        f"data.ood.keep {keep} must be two numbers, smallest first, from 1": keep is None or 1 <= keep[0] <= keep[1],
-        f"data.prompt_tokens {data.prompt_tokens} must be at least 1": data.prompt_tokens >= 1,
-        f"data.patches {data.patches} must not be negative": data.patches >= 0,
-        f"answer.max_tokens {recipe.answer.max_tokens} must be at least 1": recipe.answer.max_tokens >= 1,
-        f"rollout.group {group} must be at least 1": group >= 1,
-        f"rollout.temperature {rollout.temperature} must be above 0": rollout.temperature > 0,
-        f"rollout.top_p {rollout.top_p} must lie above 0 and at most 1": 0 < rollout.top_p <= 1,
-        f"rollout.top_k {rollout.top_k} must lie in 0 (off) to model.text.vocab": 0 <= rollout.top_k <= recipe.model.text.vocab,
-        f"rollout.packed_tokens {buckets} must grow": list(buckets) == sorted(set(buckets)),
-        f"rollout.packed_tokens {buckets} must end with at least group x max_tokens {longest}": not buckets or buckets[-1] >= longest,
-        f"reward.name_tokens {recipe.reward.name_tokens} must be at least 3": recipe.reward.name_tokens >= 3,
+    # What the families differ in: without it the model is neither, and transformers could not read its export.
+    only = "with family " + model.family
+    flags = {"qkv_bias": not qwen3, "qk_norm": qwen3, "mrope_interleaved": qwen3}
+    checks |= {f"text.{name} {not wanted} must be {wanted} {only}": getattr(text, name) == wanted for name, wanted in flags.items()}
+    checks |= {
+        f"vision.window {vision.window} must be {'0' if qwen3 else 'above 0'} {only}": (vision.window == 0) is qwen3,
+        f"vision.positions {vision.positions} must be {'above 0' if qwen3 else '0'} {only}": (vision.positions > 0) is qwen3,
+        f"vision.deepstack {deepstack} must be () {only}": qwen3 or not deepstack,
+        f"text.width {text.width} must be heads x head_dim {text.heads * text.head_dim} {only}": qwen3
+        or text.width == text.heads * text.head_dim,
     }
-    return _failed(checks)
+    return [f"model.{problem}" for problem in _failed(checks)]
 
 
-def _training_problems(recipe: Recipe) -> list[str]:
-    grpo, loss, sft = recipe.grpo, recipe.grpo.loss, recipe.sft
-    checks = {
-        f"grpo.mini_prompts {grpo.mini_prompts} must divide prompts {grpo.prompts}": _divides(grpo.mini_prompts, grpo.prompts),
-        f"grpo.micro_prompts {grpo.micro_prompts} must divide mini_prompts {grpo.mini_prompts}": _divides(
-            grpo.micro_prompts, grpo.mini_prompts
-        ),
-        f"grpo.loss.clip_low {loss.clip_low} must lie in 0 to 1": 0 <= loss.clip_low <= 1,
-        f"grpo.loss.clip_high {loss.clip_high} must not be negative": loss.clip_high >= 0,
-        f"grpo.loss.dual_clip {loss.dual_clip} must be 0 (off) or above 1": loss.dual_clip == 0 or loss.dual_clip > 1,
-        f"grpo.keep_checkpoints {grpo.keep_checkpoints} must be at least 1": grpo.keep_checkpoints >= 1,
-        f"sft.label_share {sft.label_share} must lie above 0, at most 1": 0 < sft.label_share <= 1,
-        f"sft.answers {sft.answers} must be at least 1": sft.answers >= 1,
-    }
-    for name, steps in (("grpo.steps", grpo.steps), ("sft.steps", sft.steps)):
-        checks[f"{name} {steps} must not be negative"] = steps >= 0
-    return _failed(checks) + _optimizer_problems(recipe) + _mesh_problems(recipe)
-
-
-def _optimizer_problems(recipe: Recipe) -> list[str]:
-    def problems(stage: str, config: OptimizerConfig) -> list[str]:
-        return _failed(
-            {
-                f"{stage}.optimizer.learning_rate {config.learning_rate} must be above 0": config.learning_rate > 0,
-                f"{stage}.optimizer.warmup_steps {config.warmup_steps} must not be negative": config.warmup_steps >= 0,
-                f"{stage}.optimizer.b1 {config.b1} and b2 {config.b2} must lie in 0 to 1": 0 <= config.b1 < 1 and 0 <= config.b2 < 1,
-                f"{stage}.optimizer.grad_clip {config.grad_clip} must not be negative": config.grad_clip >= 0,
-            }
-        )
-
-    return problems("grpo", recipe.grpo.optimizer) + problems("sft", recipe.sft.optimizer)
+def _run_problems(recipe: Recipe) -> list[str]:
+    model, data, rollout, grpo, vocab = recipe.model, recipe.data, recipe.rollout, recipe.grpo, recipe.model.text.vocab
+    keep, buckets, longest = data.ood.keep, rollout.packed_tokens, rollout.group * recipe.answer.max_tokens
+    block, prompts, mini, micro = model.vision.window_patches, grpo.prompts, grpo.mini_prompts, grpo.micro_prompts
+    whole = recipe.checkpoint is None or not (model.freeze_vision or model.lora_rank)
+    return _failed(
+        {
+            f"model.text.vocab {vocab} must hold the tokenizer_vocab {recipe.tokenizer_vocab}": vocab >= recipe.tokenizer_vocab,
+            f"data.name {data.name!r} must be 'toy', 'public_mix' or 'jsonl'": data.name in ("toy", "public_mix", "jsonl"),
+            f"data.patches {data.patches} must be a multiple of {block} patches (one window, or merge block)": data.patches % block == 0,
+            f"data.ood.keep {keep} must be two numbers, smallest first": keep is None or keep[0] <= keep[1],
+            f"rollout.top_k {rollout.top_k} must lie in 0 (off) to model.text.vocab": rollout.top_k <= vocab,
+            f"rollout.packed_tokens {buckets} must grow": list(buckets) == sorted(set(buckets)),
+            f"rollout.packed_tokens {buckets} must end with at least group x max_tokens {longest}": not buckets or buckets[-1] >= longest,
+            f"sft.steps {recipe.sft.steps} with a checkpoint, and freeze_vision or lora_rank: the warm-up trains the whole model; "
+            "set sft.steps 0": whole or not recipe.sft.steps,
+            f"grpo.mini_prompts {mini} must divide prompts {prompts}": prompts % mini == 0,
+            f"grpo.micro_prompts {micro} must divide mini_prompts {mini}": mini % micro == 0,
+        }
+    )
 
 
 def _mesh_problems(recipe: Recipe) -> list[str]:
@@ -294,7 +260,3 @@ def _mesh_problems(recipe: Recipe) -> list[str]:
 
 def _failed(checks: dict[str, bool]) -> list[str]:
     return [message for message, good in checks.items() if not good]
-
-
-def _divides(small: int, large: int) -> bool:
-    return small >= 1 and large >= 1 and large % small == 0

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -103,6 +104,20 @@ def stop_ids(tokenizer) -> tuple[int, ...]:
     if not stops and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer names no end of sequence: set its eos_token")
     return stops or (tokenizer.eos_token_id,)
+
+
+def never_sampled(tokenizer, vocab: int) -> np.ndarray:
+    """bool [V]: image, video and vision tokens, and rows of the head past the tokenizer's vocabulary."""
+    blocked_V = np.arange(vocab) >= len(tokenizer)
+    for token, id in tokenizer.get_added_vocab().items():
+        blocked_V[id] |= token.startswith("<|") and token not in (IM_END, END_OF_TEXT)
+    return blocked_V
+
+
+def answer_texts(tokenizer, tokens_PGR: np.ndarray, length_PG: np.ndarray) -> list[str]:
+    """Texts of P * G answers, those of a prompt together. A length includes the stop token, which is skipped."""
+    rows = zip(tokens_PGR.reshape(-1, tokens_PGR.shape[-1]), length_PG.reshape(-1), strict=True)
+    return [tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in rows]
 
 
 def load_tokenizer(folder: str | Path):

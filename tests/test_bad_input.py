@@ -206,7 +206,7 @@ CASES: list[tuple[str, ...]] = [  # the command, and what its one line says
     ("train toy --grpo.validate-prompts 6", "validate_prompts 6", "multiple of mesh data x fsdp 4"),
     ("train toy --sft.prompts 6", "sft.prompts 6", "multiple of mesh data x fsdp 4"),
     ("train toy --grpo.mini-prompts 3", "mini_prompts 3 must divide prompts 8"),
-    ("train toy --grpo.prompts 0", "must divide prompts 0"),
+    ("train toy --grpo.prompts 0", "grpo.prompts 0 must be at least 1"),
     ("train toy --model.text.kv-heads 3", "heads 4 must be a multiple of kv_heads 3"),
     ("train toy --model.text.kv-heads 0", "model.text.kv_heads 0", "above 0"),
     ("train toy --model.vision.patch 0", "model.vision.patch 0", "above 0"),

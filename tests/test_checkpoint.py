@@ -103,10 +103,11 @@ def test_either_spelling_of_names_is_read(saved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path, *abstract_params(tiny_model(source))))
 
 
-def test_files_of_limited_size_have_an_index(saved, tmp_path):
+def test_files_of_limited_size_have_an_index(saved, tmp_path, monkeypatch):
     _, source, params, _ = saved
     config = tiny_model(source).config
-    save_params(tmp_path, params, config, file_bytes=50_000)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 50_000)
+    save_params(tmp_path, params, config)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 3
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -115,8 +116,14 @@ def test_files_of_limited_size_have_an_index(saved, tmp_path):
     assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in held.values() for x in tensors.values())
     assert all(sum(x.nbytes for x in tensors.values()) <= 50_000 or len(tensors) == 1 for tensors in held.values())
     jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path, *abstract_params(tiny_model(source))))
+    (tmp_path / "another.safetensors").write_bytes((tmp_path / files[0]).read_bytes())  # not in the index: nobody's business
+    jax.tree.map(np.testing.assert_array_equal, params, load_params(tmp_path, *abstract_params(tiny_model(source))))
     (tmp_path / files[1]).unlink()
     refused(tmp_path, tiny_model(source), f"{files[1]} of model.safetensors.index.json is not here; copy the missing files")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    refused(tmp_path, tiny_model(source), "index.json has no weight_map; copy the file again")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    refused(tmp_path, tiny_model(source), "is in another.safetensors too; leave one checkpoint in the folder")
 
 
 def test_bfloat16_survives_loading_and_saving(saved, tmp_path):

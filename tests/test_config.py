@@ -1,11 +1,25 @@
 """Recipes: files, typed overrides, JSON and the checks across fields."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from pgjax.config import DataConfig, GRPOConfig, MeshConfig, ModelConfig, OODConfig, Recipe, RolloutConfig, TextConfig, VisionConfig
-from pgjax.recipes import from_json, load_recipe, override, to_json, validate
+from pgjax.config import (
+    DataConfig,
+    GRPOConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OODConfig,
+    OptimizerConfig,
+    Recipe,
+    RolloutConfig,
+    SFTConfig,
+    TextConfig,
+    VisionConfig,
+)
+from pgjax.recipes import from_json, load_recipe, model_problems, override, to_json, validate
 
 
 def test_defaults_are_valid():
@@ -29,6 +43,10 @@ def test_override_is_typed():
         ("--grpo.learning-rate 1", "--grpo.optimizer.learning-rate"),
         ("--rollout.gruop=4", "--rollout.group"),
         ("--mesh.tensors 2", "--mesh.tensor"),
+        ("--lr 1", "--grpo.optimizer.learning-rate"),
+        ("--grpo.lr 1", "--grpo.optimizer.learning-rate"),
+        ("--sft.lr 1", "--sft.optimizer.learning-rate"),
+        ("--tempreature 1", "--rollout.temperature"),
     ],
 )
 def test_unknown_key_names_the_nearest(argv, nearest):
@@ -74,7 +92,8 @@ def test_json_round_trip():
         ('{"grpo": 1}', "recipe.grpo: expected an object"),
         ('{"data": {"ood": {"keep": [1]}}}', "recipe.data.ood.keep"),
         ('{"reward": {"variant": "kind"}}', "recipe.reward.variant"),
-        ('{"rollout": {"constrained": 1}}', "recipe.rollout.constrained"),
+        ('{"rollout": {"constrained": 1}}', "recipe.rollout.constrained: 1 is not bool"),
+        ('{"rollout": {"packed_tokens": [1, "2"]}}', r"recipe.rollout.packed_tokens\[1\]: '2' is not int"),
     ],
 )
 def test_json_errors_say_where(text, words):
@@ -101,12 +120,42 @@ def vision(family="qwen2_5_vl", **fields) -> Recipe:
     return replace(BASE, model=ModelConfig(family=family, vision=VisionConfig(**fields)))
 
 
+QWEN3 = ModelConfig(
+    "qwen3_vl",
+    TextConfig(width=2048, heads=32, qkv_bias=False, qk_norm=True, mrope_interleaved=True),  # Qwen3 has a head_dim of its own
+    VisionConfig(
+        window=0, full_blocks=(), patch=16, positions=48, deepstack=(8, 16, 24), mean=(0.0, 0.5, 1.0), min_pixels=64, max_pixels=64
+    ),
+)
+
+
 def test_both_families_are_valid():
-    qwen3 = dict(window=0, patch=16, positions=48, deepstack=(8, 16, 24), mean=(0.0, 0.5, 1.0), min_pixels=64, max_pixels=64)
-    text = TextConfig(qkv_bias=False, qk_norm=True, mrope_interleaved=True)
-    for recipe in (vision("qwen3_vl", full_blocks=(), **qwen3), vision("qwen3_vl", full_blocks=(3, 1), **qwen3), vision(window=0)):
-        model = replace(recipe.model, text=text, freeze_vision=True, lora_rank=8)
-        assert validate(replace(recipe, model=model, data=DataConfig(patches=100)))
+    for model in (ModelConfig(), QWEN3):
+        assert validate(replace(BASE, model=replace(model, freeze_vision=True, lora_rank=8)))
+    assert validate(replace(BASE, model=QWEN3, data=DataConfig(patches=100)))
+
+
+QWEN2_5_NEEDS = ("text.qkv_bias False must be True", "text.qk_norm True must be False", "text.mrope_interleaved True must be False",
+                 "vision.window 0 must be above 0", "vision.positions 48 must be 0", r"vision.deepstack \(8, 16, 24\) must be \(\)",
+                 "text.width 2048 must be heads x head_dim 4096")  # fmt: skip
+QWEN3_NEEDS = ("text.qkv_bias True must be False", "text.qk_norm False must be True", "text.mrope_interleaved False must be True",
+               "vision.window 112 must be 0", "vision.positions 0 must be above 0")  # fmt: skip
+
+
+@pytest.mark.parametrize("family, model, needs", [("qwen2_5_vl", QWEN3, QWEN2_5_NEEDS), ("qwen3_vl", ModelConfig(), QWEN3_NEEDS)])
+def test_a_mixture_of_families_is_refused(family, model, needs):
+    problems = model_problems(replace(model, family=family))
+    assert len(problems) == len(needs)
+    for words in needs:
+        assert any(re.fullmatch(f"model.{words} with family {family}", problem) for problem in problems), words
+
+
+@pytest.mark.parametrize("trained", [dict(freeze_vision=True), dict(lora_rank=8)])
+def test_no_warm_up_of_a_part(trained):
+    recipe = replace(BASE, model=replace(BASE.model, **trained), sft=SFTConfig(steps=2))
+    assert validate(recipe) and validate(replace(recipe, checkpoint="somewhere", sft=SFTConfig()))
+    with pytest.raises(ValueError, match="sft.steps 2 with a checkpoint.*the warm-up trains the whole model; set sft.steps 0"):
+        validate(replace(recipe, checkpoint="somewhere"))
 
 
 @pytest.mark.parametrize(
@@ -121,21 +170,25 @@ def test_both_families_are_valid():
         (vision(window=-28), "window -28 must be at least 0"),
         (vision(window=7), "window 7 must be a multiple of patch x merge 28"),
         (vision(window=0, full_blocks=(32,)), "full_blocks"),
-        (vision(window=0, full_blocks=(), positions=48), "positions 48 must be 0 with family qwen2_5_vl"),
-        (vision("qwen3_vl"), "window 112 must be 0 with family qwen3_vl"),
         (vision("qwen3_vl", window=0, deepstack=(8, 32)), r"deepstack \(8, 32\) must grow and lie below depth 32"),
         (vision("qwen3_vl", window=0, deepstack=(8, 5)), r"deepstack \(8, 5\) must grow"),
         (vision("qwen3_vl", window=0, deepstack=tuple(range(29))), "more blocks than model.text.layers 28"),
-        (vision(mean=(0.5, 0.5, 1.5)), "mean"),
-        (vision(std=(0.5, 0.0, 0.5)), "std"),
-        (vision(std=(0.5, float("nan"), 0.5)), "std"),
+        (vision(mean=(0.5, 0.5, 1.5)), r"vision.mean \(0.5, 0.5, 1.5\) must be in 0 to 1"),
+        (vision(std=(0.5, 0.0, 0.5)), r"vision.std \(0.5, 0.0, 0.5\) must be above 0"),
+        (vision(std=(0.5, float("nan"), 0.5)), r"vision.std \(0.5, nan, 0.5\) must be a finite number"),
         (vision(min_pixels=0), "min_pixels 0 must be above 0"),
         (vision(min_pixels=200, max_pixels=100), "min_pixels 200 must not be above max_pixels 100"),
-        (replace(BASE, model=ModelConfig(lora_rank=-1)), "lora_rank -1"),
-        (replace(BASE, model=ModelConfig(lora_alpha=0.0)), "lora_alpha 0"),
-        (replace(BASE, data=DataConfig(ood=OODConfig(share=1.5))), "share 1.5"),
+        (replace(BASE, model=ModelConfig(lora_rank=-1)), "lora_rank -1 must be at least 0"),
+        (replace(BASE, model=ModelConfig(lora_alpha=0.0)), "lora_alpha 0.0 must be above 0"),
+        (replace(BASE, data=DataConfig(ood=OODConfig(share=1.5))), "share 1.5 must be in 0 to 1"),
         (replace(BASE, data=DataConfig(ood=OODConfig(keep=(4, 2)))), "keep"),
-        (replace(BASE, rollout=RolloutConfig(group=0)), "group 0"),
+        (replace(BASE, data=DataConfig(max_pixels=0)), "data.max_pixels 0 must be at least 1"),
+        (replace(BASE, tokenizer_vocab=100), "tokenizer_vocab 100 must be 0 .* or at least 320"),
+        (replace(BASE, grpo=GRPOConfig(loss=LossConfig(dual_clip=0.5))), r"grpo.loss.dual_clip 0.5 must be 0 \(off\) or above 1"),
+        (replace(BASE, grpo=GRPOConfig(optimizer=OptimizerConfig(b2=1.0))), "grpo.optimizer.b2 1.0 must be from 0 to below 1"),
+        (replace(BASE, sft=SFTConfig(optimizer=OptimizerConfig(decay_updates=-1))), "sft.optimizer.decay_updates -1 must be at least 0"),
+        (replace(BASE, rollout=RolloutConfig(top_p=0.0)), "top_p 0.0 must be above 0, at most 1"),
+        (replace(BASE, rollout=RolloutConfig(group=0)), "group 0 must be at least 1"),
         (replace(BASE, rollout=RolloutConfig(packed_tokens=(64,))), "packed_tokens"),
         (replace(BASE, mesh=MeshConfig(data=-1, fsdp=-1)), "at most one"),
         (replace(BASE, mesh=MeshConfig(data=3), devices=8), "does not fit 8 devices"),

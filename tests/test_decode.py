@@ -15,8 +15,9 @@ from pgjax import automaton as answers
 from pgjax.generate.decode import decode, encode, prefill
 from pgjax.generate.law import Law
 from pgjax.generate.score import pack, per_answer, score
-from pgjax.grpo.programs import never_sampled, pack_values
+from pgjax.grpo.programs import pack_values
 from pgjax.parallel.mesh import place_rows
+from pgjax.tokenizer import never_sampled
 
 MODEL = setup().model
 TEMPERATURE = 0.7

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,59 +15,63 @@ from pgjax.cli import main
 from pgjax.completions import open_model
 from pgjax.config import Recipe
 from pgjax.data.toy import draw
+from pgjax.models import checkpoint
 from pgjax.models.hf_config import config_from_hf
 from pgjax.parallel.mesh import make_mesh
 from pgjax.recipes import validate
 from pgjax.tokenizer import IMAGE_PAD
 from pgjax.train.checkpoints import Checkpoints
-from pgjax.train.run_folder import RunFolder
+from pgjax.train.run_folder import RunFolder, read_config
 from pgjax.train.setup import make_setup
+from pgjax.train.trainable import base, merge, merge_adapters
 from pgjax.train.update import make_optimizer
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+SIDE = 28  # pixels of a visual token, patch 14 or not
 
 
-def recipe_of(family: str) -> Recipe:
+def recipe_of(case: str) -> Recipe:
+    """The tiny recipe for pictures of 4 to 12 visual tokens; as Qwen3-VL with adapters alone trained."""
     recipe = dataclasses.replace(tiny_recipe(), devices=0)  # the process has its devices already
-    if family == "qwen2_5_vl":
-        return recipe
-    text = dataclasses.replace(recipe.model.text, qkv_bias=False, qk_norm=True, mrope_interleaved=True, tied=not recipe.model.text.tied)
-    own = dict(window=0, full_blocks=(), positions=6, deepstack=(0,), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    vision = dataclasses.replace(recipe.model.vision, **own)
-    return validate(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, family=family, text=text, vision=vision)))
+    vision = dataclasses.replace(recipe.model.vision, min_pixels=4 * SIDE**2)
+    model = dataclasses.replace(recipe.model, vision=vision)
+    if case == "qwen3_vl, LoRA":
+        text = dataclasses.replace(model.text, qkv_bias=False, qk_norm=True, mrope_interleaved=True, tied=not model.text.tied)
+        own = dict(window=0, full_blocks=(), positions=6, deepstack=(0,), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        model = dataclasses.replace(model, family="qwen3_vl", text=text, vision=dataclasses.replace(vision, **own), lora_rank=2)
+    return validate(dataclasses.replace(recipe, model=model, data=dataclasses.replace(recipe.data, max_pixels=12 * SIDE**2)))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl, LoRA"])
 def run(request, tmp_path_factory):
-    """A run folder as training leaves it, around random weights; its parameters; and where they were exported to."""
+    """A run folder as training leaves it, around random numbers; the parameters that it stands for; and where they were exported to."""
     path, recipe = tmp_path_factory.mktemp("runs") / "tiny", recipe_of(request.param)
     RunFolder(path, recipe).close()
     materials().tokenizer.save_pretrained(path / "tokenizer")
-    setup, config = make_setup(recipe.model, make_mesh(recipe.mesh)), recipe.grpo
-    rng = np.random.default_rng(5)
-    params = jax.tree.map(lambda x: x + np.asarray(rng.normal(0, 0.1, x.shape), np.float32), setup.init(0))  # no bias zero, no norm one
-    params = jax.device_put(params, setup.training)
+    setup, config, rng = make_setup(recipe.model, make_mesh(recipe.mesh)), recipe.grpo, np.random.default_rng(5)
+    noisy = lambda tree: jax.tree.map(lambda x: x + np.asarray(rng.normal(0, 0.1, x.shape), np.float32), tree)  # noqa: E731
+    params = jax.device_put(noisy(setup.init(0)), base(setup.training))  # no bias zero, no norm one
     optimizer = make_optimizer(config.optimizer, config.steps * (config.prompts // config.mini_prompts))
-    checkpoints = Checkpoints(path / "checkpoints", 1)
-    checkpoints.save(0, setup.state(params, optimizer)[0])
-    checkpoints.close()
+    reference, state = setup.reference(params), setup.state(params, optimizer)
+    state = state.replace(params=noisy(state.params))
+    for name, tree in (("checkpoints", state), ("reference", reference)):
+        checkpoints = Checkpoints(path / name, 1)
+        checkpoints.save(0, tree)
+        checkpoints.close()
     folder = path.parent / "exported"
-    assert main(["export", str(path), str(folder)]) == 0
-    return path, jax.tree.map(np.asarray, params), folder
+    with mock.patch.object(checkpoint, "FILE_BYTES", 100_000):
+        assert main(["export", str(path), str(folder)]) == 0
+    policy = merge_adapters(merge(state.params, reference), recipe.model)
+    return path, jax.tree.map(np.asarray, policy), folder
 
 
 def test_the_directory_is_whole_and_read_again_bitwise(run):
     path, params, folder = run
-    recipe = json.loads((path / "config.json").read_text())
     names = {file.name for file in folder.iterdir()}
-    assert names >= {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert names >= {"preprocessor_config.json"} and not list(folder.parent.glob(".*.part"))
-    again = config_from_hf(folder)
-    assert dataclasses.asdict(again.text) | dataclasses.asdict(again.vision) == {
-        key: tuple(value) if isinstance(value, list) else value
-        for part in ("text", "vision")
-        for key, value in recipe["model"][part].items()
-    }
+    assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"}
+    assert "model.safetensors.index.json" in names and len(list(folder.glob("model-*.safetensors"))) > 2
+    assert not list(folder.parent.glob(".*.part"))
+    again, recipe = config_from_hf(folder), read_config(path)
+    assert again.text == recipe.model.text and again.vision == dataclasses.replace(recipe.model.vision, max_pixels=12 * SIDE**2)
     setup, loaded, _ = open_model(folder, "float32")
     assert len(setup.mesh.devices.ravel()) == 8
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
@@ -90,7 +95,9 @@ def test_what_cannot_be_exported_leaves_nothing(run, tmp_path, capsys):
 
 
 def conversations(folder) -> list[dict]:
-    """Text alone, a picture, and two of other sizes and modes, as rows of a file in `folder`."""
+    """Text alone, a picture, two of other sizes and modes, and one below and one above the bounds, as rows of a file in `folder`."""
+    (folder / "small.png").write_bytes(draw("C8S1", "safe", 20, 20, 7))
+    (folder / "large.png").write_bytes(draw("C8S1", "safe", 400, 300, 8))
     (folder / "upright.png").write_bytes(draw("C8S1", "unsafe", 84, 56, 5))
     grey = Image.open(io.BytesIO(draw("C8S1", "safe", 56, 112, 6))).convert("L")
     grey.save(folder / "grey.jpg")
@@ -106,6 +113,7 @@ def conversations(folder) -> list[dict]:
             ],
             "completion": "Two pictures\nof other sizes<|im_end|>",
         },
+        {"messages": [{"role": "user", "content": [image("small.png"), image("large.png")]}], "completion": "Both."},
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -120,7 +128,7 @@ def test_a_run_and_its_export_score_alike(run, tmp_path, capsys):
     path, _, folder = run
     rows = conversations(tmp_path)
     ours, theirs = score(path, tmp_path, capsys), score(folder, tmp_path, capsys)
-    assert [row["id"] for row in ours] == [1, "lamp", 3]
+    assert [row["id"] for row in ours] == [1, "lamp", 3, 4]
     for row, a, b in zip(rows, ours, theirs, strict=True):
         assert materials().tokenizer.decode(a["tokens"]) == row["completion"] and a["tokens"] == b["tokens"]
         np.testing.assert_allclose(a["logprobs"], b["logprobs"], atol=1e-5)
@@ -154,6 +162,8 @@ def test_transformers_loads_the_export_and_says_the_same(run, tmp_path, capsys):
         start, ids = len(tokens), torch.tensor([tokens + found["tokens"]])
         with torch.no_grad():
             logits = model(input_ids=ids, mm_token_type_ids=(ids == pad).int(), **given).logits[0, start - 1 : -1]
+        if pictures and row["completion"] == "Both.":
+            assert sorted((given["image_grid_thw"].prod(-1) // 4).tolist()) == [4, 12]  # the bounds, in visual tokens
         logp = torch.log_softmax(logits, -1)[torch.arange(len(found["tokens"])), ids[0, start:]]
         np.testing.assert_allclose(found["logprobs"], logp.numpy(), atol=2e-4)
 

@@ -58,7 +58,7 @@ def five_steps():
 
     run.judge, run.packed_width = rewarded, wide_in_turn
     rows = dataclasses.replace(materials(), train=Rows(materials().train))
-    state, reference = setup(MESH).state(params(MESH), optimizer)
+    reference, state = setup(MESH).reference(params(MESH)), setup(MESH).state(params(MESH), optimizer)
     first, compilations = jax.tree.map(np.asarray, (state.params, reference)), Compilations()
     first = jax.tree.map(np.copy, first)
     log, compiled = [], []

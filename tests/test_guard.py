@@ -58,7 +58,7 @@ def run(tmp_path_factory):
     materials().tokenizer.save_pretrained(path / "tokenizer")
     setup, config = make_setup(recipe.model, make_mesh(recipe.mesh)), recipe.grpo
     optimizer = make_optimizer(config.optimizer, config.steps * (config.prompts // config.mini_prompts))
-    state, _ = setup.state(jax.device_put(ascii_params(), setup.training), optimizer)
+    state = setup.state(jax.device_put(ascii_params(), setup.training), optimizer)
     checkpoints = Checkpoints(path / "checkpoints", 1)
     checkpoints.save(0, state)
     checkpoints.close()

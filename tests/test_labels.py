@@ -9,7 +9,7 @@ from tiny_recipe import P, R, batch, host_params, materials, params, setup
 from pgjax.conversation import answer_text
 from pgjax.generate.labels import answer_scorer, label_prefixes, label_probability
 from pgjax.generate.law import Law
-from pgjax.grpo.programs import never_sampled
+from pgjax.tokenizer import never_sampled
 
 MODEL, TOKENIZER = setup().model, materials().tokenizer
 LAW = Law(jnp.asarray(never_sampled(TOKENIZER, MODEL.config.text.vocab)), materials().automaton, jnp.ones((1, 1), bool), R)

@@ -10,7 +10,7 @@ from pgjax import automaton as answers
 from pgjax.data.schema import IMAGE, TEXT, TEXT_IMAGE
 from pgjax.generate import law as laws
 from pgjax.generate.law import Law
-from pgjax.grpo.programs import never_sampled
+from pgjax.tokenizer import never_sampled
 
 DRAWS = 20_000
 

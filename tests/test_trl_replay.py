@@ -80,7 +80,7 @@ def test_gradient_norms():
     config = dataclasses.replace(config_from_hf(FOLDER / "tiny"), compute_dtype="float32", remat=False)
     setup = make_setup(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     optimizer = make_optimizer(ADAM, 4)
-    state, _ = setup.state(setup.load(FOLDER / "tiny"), optimizer)
+    state = setup.state(setup.load(FOLDER / "tiny"), optimizer)
     law = Law(jnp.zeros(config.text.vocab, bool), None, None, 32)
 
     @functools.partial(jax.jit, compiler_options=QUICK)

@@ -65,7 +65,7 @@ def experience(run, weights, mesh=ONE, weight_P=None, change: bool = False) -> E
 def two_updates(mesh=ONE, micro: int = P, weight: bool = False, change: bool = False):
     """Old logprobs, parameters after each of two mini-batches, and their metrics, as numpy."""
     run = program(mesh, micro)
-    state, reference = setup(mesh).state(params(mesh), SGD)
+    reference, state = setup(mesh).reference(params(mesh)), setup(mesh).state(params(mesh), SGD)
     weight_P = np.isin(np.arange(2 * P), [0, 3, 5], invert=True).astype(np.float32) if weight else None
     given = experience(run, state.params, mesh, weight_P, change)
     after, metrics = [], []
@@ -116,7 +116,7 @@ def test_the_ratio_is_one_on_the_first_mini_batch():
 def test_the_state_is_donated():
     """One copy of parameters and optimiser exists at a time."""
     run = program()
-    state, reference = setup().state(jax.tree.map(jnp.copy, params()), SGD)
+    reference, state = setup().reference(params()), setup().state(jax.tree.map(jnp.copy, params()), SGD)
     given = experience(run, state.params)
     after, _ = run.update(state, reference, given, jnp.int32(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))

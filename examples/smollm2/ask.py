@@ -18,10 +18,9 @@ from pgjax.data.arrays import Prompt, prompt_batch
 from pgjax.data.schema import TEXT
 from pgjax.generate.decode import decode, encode, prefill
 from pgjax.generate.law import Law
-from pgjax.grpo.programs import never_sampled
 from pgjax.models.hf_config import config_from_hf
 from pgjax.parallel.mesh import make_mesh
-from pgjax.tokenizer import load_tokenizer
+from pgjax.tokenizer import load_tokenizer, never_sampled
 from pgjax.train.materials import cache_dir
 from pgjax.train.setup import Setup, make_setup
 

@@ -33,26 +33,26 @@ class ImagePatches:
     slot_of_raster_token: np.ndarray  # int32: merged slot (slot // 4) of each visual token, tokens in raster order
 
 
-def load_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(data: bytes) -> Image.Image:
     """Decode a file to RGB: upright (EXIF), transparency on white, 16-bit scaled to 8, the first frame of several.
 
-    Raises ValueError with the reason for what is no picture, cut off, or larger than `max_pixels`.
+    Raises ValueError with the reason for what is no picture, cut off, or larger than MAX_IMAGE_PIXELS.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if small := image.width * image.height <= max_pixels:
+        if small := image.width * image.height <= MAX_IMAGE_PIXELS:
             image.load()
             image = ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"the image has more than the {max_pixels} pixels allowed; shrink it") from error
+        raise ValueError(f"the image has more than the {MAX_IMAGE_PIXELS} pixels allowed; shrink it") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"not an image that is read here; give one of {', '.join(FORMATS)}") from error
     except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow's ways to say that a file ends early or is broken
         raise ValueError("the image is truncated or broken and cannot be decoded; give the whole file") from error
     if not small:
-        raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {max_pixels} allowed; shrink it")
+        raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {MAX_IMAGE_PIXELS} allowed; shrink it")
     if image.mode.startswith("I"):  # 16-bit grey; mode I has 32 bits, of which files use 8 or 16
         grey = np.asarray(image).astype(np.int64)
         eight = (grey if image.mode == "I" and grey.max() <= 255 else grey >> 8).clip(0, 255)

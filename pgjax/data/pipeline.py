@@ -5,9 +5,10 @@ data is the integer k; there is nothing else to save.
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ import numpy as np
 
 from pgjax.config import Recipe
 from pgjax.conversation import Prompts, load_prompts, messages
-from pgjax.data.arrays import Prompt, prompt_batch
-from pgjax.data.images import capped, image_grid, load_image, slot_count
+from pgjax.data.arrays import Prompt, lay_out, prompt_batch
+from pgjax.data.images import capped, image_grid, load_image
 from pgjax.data.schema import (
     CATEGORIES,
     CATEGORY_NODE,
@@ -32,7 +33,6 @@ from pgjax.data.schema import (
 )
 from pgjax.files import replace_file
 from pgjax.taxonomy import Level, PolicyView, Taxonomy, full_view, level_of, node_of_id, policy_view, render_policy
-from pgjax.tokenizer import IMAGE_PAD
 
 
 class Batch(NamedTuple):
@@ -56,25 +56,15 @@ class Renderer:
     def __init__(self, taxonomy: Taxonomy, tokenizer, recipe: Recipe, ids: tuple[str, ...], prompts: Prompts | None = None):
         self.taxonomy, self.tokenizer, self.recipe, self.ids = taxonomy, tokenizer, recipe, ids
         self.prompts = prompts or load_prompts(recipe.data.prompts)
-        self.image_token = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self.vision = capped(recipe.model.vision, recipe.data.max_pixels)
         # Nodes that no prompt may show: reserved ones, and the never-seen with all that is below them or has nothing left below.
         out = [taxonomy.nodes[n] for n in full_view(taxonomy, "leaf", recipe.data.ood.never_seen).hidden]
         self.reserved = {node.id for node in out if node.reserved}
         self.never_seen = {node.id for node in out if not node.reserved}
-        if recipe.data.patches % recipe.model.vision.window_patches:
-            raise ValueError(
-                f"data.patches {recipe.data.patches} must be a multiple of {recipe.model.vision.window_patches} patches (one window, or "
-                "merge block)"
-            )
 
     def unfit(self, example: Example) -> str | None:
         """Why an example cannot be shown whole beside the whole policy, in the words of `Pipeline.dropped`; None where it can."""
-        reason, visual = self._unfit(example)
-        if reason:
-            return reason
-        text = self._text(example, self._policy(self._full_view(example)))
-        return "prompt" if self._lengths([(visual, text)])[0] > self.recipe.data.prompt_tokens else None
+        return self._unfit([example], [self._policy(self._full_view(example))])[0]
 
     def show(self, examples: Sequence[Example], prompts: int) -> Batch:
         """At most `prompts` examples beside the whole policy as one batch of that many rows; the others fill it up with weight 0."""
@@ -88,22 +78,23 @@ class Renderer:
         """`real` rows, and others that are well-formed prompts too but count for nothing."""
         return Batch(self._prompt_batch(rows), self._gold(rows, real), [(row.example, row.view) for row in rows[:real]])
 
-    def _lengths(self, rows: list[tuple[int, str]]) -> list[int]:
-        """Prompt tokens of rows (visual tokens, text); many at once are several times faster."""
-        tokens = self.tokenizer([text for _, text in rows], add_special_tokens=False)["input_ids"] if rows else []
-        return [len(ids) - ids.count(self.image_token) + visual for (visual, _), ids in zip(rows, tokens, strict=True)]
-
-    def _unfit(self, example: Example) -> tuple[str | None, int]:
-        """Why an example cannot be shown, whatever the length of its prompt; and its visual tokens."""
-        vision = self.vision
-        if self.reserved & {example.node, *example.accepted}:
-            return "reserved", 0
-        try:
-            grids = [image_grid(load_image(raw).size, vision) for raw in example.images]
-        except ValueError:
-            return "image", 0
-        fits = sum(slot_count(grid, vision) for grid in grids) <= self.recipe.data.patches
-        return None if fits else "patches", sum(height * width for height, width in grids) // vision.merge**2
+    def _unfit(self, examples: Sequence[Example], policies: Sequence[str]) -> list[str | None]:
+        """Why each example cannot be shown whole beside its policy; None where it can."""
+        reasons: list[str | None] = [None] * len(examples)
+        grids: dict[int, list[tuple[int, int]]] = {}
+        for n, example in enumerate(examples):
+            if self.reserved & {example.node, *example.accepted}:
+                reasons[n] = "reserved"
+                continue
+            try:
+                grids[n] = [image_grid(load_image(raw).size, self.vision) for raw in example.images]
+            except ValueError:
+                reasons[n] = "image"
+        texts = [self._text(examples[n], policies[n]) for n in grids]
+        for n, (tokens, slots) in zip(grids, lay_out(texts, list(grids.values()), self.tokenizer, self.vision), strict=True):
+            long = len(tokens) > self.recipe.data.prompt_tokens
+            reasons[n] = "patches" if slots > self.recipe.data.patches else "prompt" if long else None
+        return reasons
 
     def _policy(self, view: PolicyView) -> str:
         return render_policy(self.taxonomy, view, self.recipe.data.descriptions)
@@ -263,29 +254,25 @@ class Pipeline(Renderer):
     def _fitting(self) -> list[int]:
         """Numbers of the examples of this split that can be shown whole; counts the others."""
         longest = {level: self._policy(self._longest_view(level)) for level in ("leaf", "top")}
-        kept, waiting = [], []
+        kept: list[int] = []
+        candidates = self._candidates()
+        while some := list(itertools.islice(candidates, 64)):
+            reasons = self._unfit([e for _, e in some], [longest[level_of(e.modality)] for _, e in some])
+            self.dropped.update(filter(None, reasons))
+            kept += [index for (index, _), reason in zip(some, reasons, strict=True) if not reason]
+        return kept
+
+    def _candidates(self) -> Iterator[tuple[int, Example]]:
+        """Numbered examples of this split that it may show; counts the others."""
+        training = self.split == "train"
         for index, example in enumerate(self._examples):
             if example.split != self.split:
                 continue
-            if self.split == "train" and example.source in EVALUATION_ONLY:
+            if training and example.source in EVALUATION_ONLY:
                 raise ValueError(
                     f"example {example.id}: {example.source} is for evaluation only (its licence); take it out of the split train"
                 )
-            gone = self.split == "train" and self.never_seen & {example.node, *example.accepted}
-            reason, visual = ("never_seen", 0) if gone else self._unfit(example)
-            if reason:
-                self.dropped[reason] += 1
+            if training and self.never_seen & {example.node, *example.accepted}:
+                self.dropped["never_seen"] += 1
             else:
-                waiting.append((index, visual, self._text(example, longest[level_of(example.modality)])))
-            if len(waiting) == 1024:  # tokenizing many at once is several times faster
-                kept += self._short(waiting)
-                waiting = []
-        return kept + self._short(waiting)
-
-    def _short(self, waiting: list[tuple[int, int, str]]) -> list[int]:
-        """Numbers of those (number, visual tokens, text) that have at most T tokens."""
-        lengths = self._lengths([(visual, text) for _, visual, text in waiting])
-        kept = [index for (index, _, _), length in zip(waiting, lengths, strict=True) if length <= self.recipe.data.prompt_tokens]
-        if len(kept) < len(waiting):
-            self.dropped["prompt"] += len(waiting) - len(kept)
-        return kept
+                yield index, example

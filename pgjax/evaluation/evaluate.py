@@ -20,6 +20,7 @@ from pgjax.generate.labels import label_probability
 from pgjax.models.sentence_encoder import TextEncoder
 from pgjax.models.static_encoder import load_static_encoder
 from pgjax.parallel.mesh import local_rows, place_rows
+from pgjax.tokenizer import answer_texts
 
 
 class Answered(NamedTuple):
@@ -46,8 +47,7 @@ def answer(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int
         similarity_P = mean_similarity(local_rows(judged.similarity_PGS)[:, 0], local_rows(judged.valid_PS))
         verdict, reward_P, terms = jax.tree.map(lambda x: local_rows(x)[:, 0], (judged.verdict, judged.reward_PG, judged.terms))
         rollout = jax.tree.map(local_rows, rollout)
-        written = zip(rollout.tokens_PGR[:, 0], rollout.length_PG[:, 0], strict=True)
-        texts = [tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in written]
+        texts = answer_texts(tokenizer, rollout.tokens_PGR, rollout.length_PG)
         scores = {
             line.lower(): label_probability(programs.score_given, weights, batch.prompt, texts, line, tokenizer, limit)
             for line in (("Request", "Response") if scored else ())

@@ -128,10 +128,10 @@ def _figures(rows: Rows, keep_P: Array, weight_BP: Array) -> dict[str, Figure]:
     def add(name: str, gold_P: Array, said_P: Array, rows_P: Array, score_P: Array | None = None) -> None:
         rows_P = rows_P & keep_P
         right_P, weight = gold_P[rows_P], weight_BP[:, rows_P]
-        values = _binary(right_P, np.where(verdict.parsed, said_P, ~gold_P)[rows_P], weight)
+        values = binary(right_P, np.where(verdict.parsed, said_P, ~gold_P)[rows_P], weight)
         if score_P is not None:
             wrong_P = np.where(gold_P, -np.inf, np.inf)
-            values["auroc"] = _auroc(right_P, np.where(verdict.parsed & ~np.isnan(score_P), score_P, wrong_P)[rows_P], weight)
+            values["auroc"] = auroc(right_P, np.where(verdict.parsed & ~np.isnan(score_P), score_P, wrong_P)[rows_P], weight)
         found.update({f"{name}_{key}": Figure(value_B, values["n"]) for key, value_B in values.items()})
 
     add("request", gold.request_P == UNSAFE, verdict.request == UNSAFE, np.isin(gold.request_P, (SAFE, UNSAFE)), rows.unsafe.get("request"))
@@ -162,17 +162,12 @@ def _ratio(part_B: Array, whole_B: Array) -> Array:
     return np.where(whole_B > 0, part_B / np.where(whole_B > 0, whole_B, 1), np.nan)
 
 
-def binary(gold_B: Array, predicted_B: Array) -> Scores:
-    """Scores of a boolean prediction, True the positive class.
+def binary(gold_P: Array, predicted_P: Array, weight_BP: Array) -> dict[str, Array]:
+    """Scores [B] of a boolean prediction, True the positive class.
 
-    Keys: n, accuracy, weighted_f1; with positives in the gold also precision (0 when nothing was predicted), recall and f1; with
-    negatives also fpr. On a set of positives alone f1 is recall in disguise, 2r / (1 + r): quote recall.
+    n, accuracy, weighted_f1; precision (0 when nothing was predicted), recall and f1, NaN without positives in the gold; fpr, NaN
+    without negatives. On a set of positives alone f1 is recall in disguise, 2r / (1 + r): quote recall.
     """
-    values = _binary(gold_B, predicted_B, np.ones((1, len(gold_B))))
-    return {name: float(value[0]) for name, value in values.items() if not np.isnan(value[0]) and len(gold_B)}
-
-
-def _binary(gold_P: Array, predicted_P: Array, weight_BP: Array) -> dict[str, Array]:
     sum_B = lambda rows_P: weight_BP[:, rows_P].sum(axis=1)  # noqa: E731
     true_pos, false_pos, false_neg = sum_B(gold_P & predicted_P), sum_B(~gold_P & predicted_P), sum_B(gold_P & ~predicted_P)
     positives, n = true_pos + false_neg, weight_BP.sum(axis=1)
@@ -192,13 +187,8 @@ def _binary(gold_P: Array, predicted_P: Array, weight_BP: Array) -> dict[str, Ar
     }
 
 
-def auroc(gold_B: Array, score_B: Array) -> float | None:
-    """Chance that a positive scores above a negative, ties half; None when a class is missing. Scores may be infinite."""
-    value = _auroc(gold_B, score_B, np.ones((1, len(gold_B))))[0]
-    return None if np.isnan(value) else float(value)
-
-
-def _auroc(gold_P: Array, score_P: Array, weight_BP: Array) -> Array:
+def auroc(gold_P: Array, score_P: Array, weight_BP: Array) -> Array:
+    """Chance [B] that a positive scores above a negative, ties half; NaN when a class is missing. Scores may be infinite."""
     if not len(gold_P):
         return np.full(len(weight_BP), np.nan)
     order = np.argsort(score_P, kind="stable")

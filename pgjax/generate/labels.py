@@ -16,7 +16,7 @@ from scipy.special import expit
 
 from pgjax.data.schema import PromptBatch
 from pgjax.generate.law import Law
-from pgjax.generate.score import pack, score
+from pgjax.generate.score import answer_rows, pack, score
 from pgjax.models.qwen_vl import QwenVL
 from pgjax.parallel.mesh import constrain, local_rows, place_rows
 
@@ -70,12 +70,10 @@ def label_probability(
 
     NaN where the answer has no such line, or has more than R tokens when its text is tokenized again (bytes that were no UTF-8).
     """
-    tokens_PGR, length_PG = np.zeros((len(texts_P), 2, limit), np.int32), np.zeros((len(texts_P), 2), np.int32)
-    for p, text in enumerate(texts_P):
-        ids = [tokenizer(closed, add_special_tokens=False)["input_ids"] for closed in label_prefixes(text, line) or ()]
-        if ids and max(map(len, ids)) <= limit:
-            for g, tokens in enumerate(ids):
-                tokens_PGR[p, g, : len(tokens)], length_PG[p, g] = tokens, len(tokens)
+    closed_PG = [label_prefixes(text, line) or ("", "") for text in texts_P]
+    ids_PG = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in closed_G] for closed_G in closed_PG]
+    ids_PG = [ids_G if max(map(len, ids_G)) <= limit else [[], []] for ids_G in ids_PG]
+    tokens_PGR, length_PG = answer_rows(ids_PG, limit)
     logp_PQ = scorer(params, prompt, tokens_PGR, length_PG).astype(np.float64)
     probability_P = np.full(len(texts_P), np.nan)
     for p, (safe, unsafe) in enumerate(length_PG):

@@ -1,7 +1,10 @@
 """Score given answers: the answers of a group are packed back to back behind their prompt, one row per prompt (DESIGN idea 1)."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from pgjax.data.schema import PromptBatch
@@ -33,6 +36,16 @@ def packed_width(longest: int, limit: int, buckets: tuple[int, ...], group: int)
     """The smallest bucket of Q that holds `longest` tokens; every bucket is a multiple of the answer limit R."""
     widths = sorted({-(-b // limit) * limit for b in buckets} | {group * limit})
     return next(w for w in widths if w >= longest)
+
+
+def answer_rows(ids_PG: Sequence[Sequence[Sequence[int]]], limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of answers as int32 [P, G, R], `limit` R, and lengths [P, G]. ValueError for an answer that is too long."""
+    length_PG = np.array([[len(ids) for ids in group] for group in ids_PG], np.int32)
+    if length_PG.max() > limit:
+        raise ValueError(f"an answer has {length_PG.max()} tokens, more than answer.max_tokens {limit}")
+    tokens_PGR = np.zeros((*length_PG.shape, limit), np.int32)
+    tokens_PGR[np.arange(limit) < length_PG[..., None]] = [id for group in ids_PG for ids in group for id in ids]
+    return tokens_PGR, length_PG
 
 
 def pack(tokens_PGR: jax.Array, state_PGR: jax.Array, length_PG: jax.Array, width: int) -> Packed:

@@ -26,6 +26,7 @@ from pgjax.models.sentence_encoder import Embedder
 from pgjax.models.vision import Visual
 from pgjax.parallel.mesh import local_rows, place_rows, replicated, rows
 from pgjax.rewards import reward
+from pgjax.tokenizer import answer_texts, never_sampled
 from pgjax.train.setup import Setup
 from pgjax.train.trainable import frozen_tower, merge
 from pgjax.train.update import TrainState, split_rows, update
@@ -67,21 +68,11 @@ class Judge(NamedTuple):
     bank: Bank
 
 
-def never_sampled(tokenizer, vocab: int) -> np.ndarray:
-    """bool [V]: image, video and vision tokens, and rows of the head past the tokenizer's vocabulary."""
-    blocked_V = np.arange(vocab) >= len(tokenizer)
-    for token, id in tokenizer.get_added_vocab().items():
-        blocked_V[id] |= token.startswith("<|") and token not in ("<|im_end|>", "<|endoftext|>")
-    return blocked_V
-
-
 def read_names(rollout: Rollout, tokenizer, embedder: Embedder, width: int, mesh) -> tuple[jax.Array, jax.Array]:
     """Predicted category texts as embedder tokens and mask [P, G, W], each process for its own rows: the step's only work on strings."""
     tokens_PGR, length_PG = local_rows(rollout.tokens_PGR), local_rows(rollout.length_PG)
-    P, G, _ = tokens_PGR.shape
-    answers_BR = zip(tokens_PGR.reshape(P * G, -1), length_PG.reshape(-1), strict=True)
-    texts = [tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in answers_BR]
-    names = [answers.category_text(text) or "" for text in texts]
+    P, G = length_PG.shape
+    names = [answers.category_text(text) or "" for text in answer_texts(tokenizer, tokens_PGR, length_PG)]
     tokens, mask = embedder.tokenize(names, width)
     mask &= np.array([bool(name) for name in names])[:, None]
     return place_rows((tokens.reshape(P, G, width), mask.reshape(P, G, width)), mesh)

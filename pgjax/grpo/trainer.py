@@ -30,9 +30,10 @@ from pgjax.evaluation.metrics import Scores, ends, summarise, table
 from pgjax.evaluation.samples import sample_rows
 from pgjax.files import remove_folder
 from pgjax.generate.law import Law
-from pgjax.grpo.programs import Judge, Programs, never_sampled
+from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.sft import trainer as sft
+from pgjax.tokenizer import never_sampled
 from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.compilations import Compilations
 from pgjax.train.inputs import check_inputs, make_room
@@ -56,6 +57,7 @@ def grpo_step(
     weights = programs.gather(policy)
     visual = programs.encode(weights, batch)
     rollout = programs.rollout(weights, batch, gold, jnp.int32(step), visual, group=recipe.rollout.group, greedy=False)
+    del weights  # the gathered copy serves the rollout alone
     judged = programs.judge(rollout, gold, materials.bank)
 
     packed = programs.pack(rollout, programs.packed_width(rollout))
@@ -158,7 +160,8 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False) -> dict[str, floa
             params = setup.load(recipe.checkpoint) if recipe.checkpoint else setup.init(recipe.seed)
             if recipe.sft.steps:
                 params = warm_up(recipe, setup, materials, params, run, show)
-            state, reference = setup.state(params, optimizer, recipe.seed)
+            reference = setup.reference(params)
+            state = setup.state(params, optimizer, recipe.seed)
             del params
             references.save(0, reference)
             scores = validate(programs, materials, recipe, merge(state.params, reference), run, 0, show)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pgjax.config import ModelConfig
+from pgjax.files import read_json
 
 SCANNED = {"layers", "blocks", "deepstack_merger_list"}
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
@@ -107,13 +108,27 @@ def canonical(name: str) -> str:
     return name
 
 
+def _files_of(path: Path) -> list[Path]:
+    """The checkpoint's files: those of its index, else every .safetensors file that lies there."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        found = sorted(path.glob("*.safetensors"))
+        if not found:
+            raise ValueError(f"{path}: no .safetensors file here; point to a Hugging Face checkpoint directory")
+        return found
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map; copy the file again")
+    files = [path / name for name in sorted({*weight_map.values()})]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{path}: {', '.join(absent)} of {index.name} is not here; copy the missing files")
+    return files
+
+
 def _tensors_of(path: Path) -> dict[str, Tensor]:
-    """Canonical name -> place, over model.safetensors or all shards. Headers alone are read."""
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        raise ValueError(f"{path}: no .safetensors file here; point to a Hugging Face checkpoint directory")
+    """Canonical name -> place. Headers alone are read."""
     where: dict[str, Tensor] = {}
-    for file in found:
+    for file in _files_of(path):
         try:
             with safe_open(file, "np"):  # checks header and length
                 pass
@@ -126,11 +141,10 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{file}: tensor {name} has type {entry['dtype']}; {', '.join(DTYPES)} are read")
+            if canonical(name) in where:
+                raise ValueError(f"{file}: tensor {name} is in {where[canonical(name)].file.name} too; leave one checkpoint in the folder")
             offset = 8 + size + entry["data_offsets"][0]
             where[canonical(name)] = Tensor(file, offset, np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"]))
-    index = path / "model.safetensors.index.json"
-    if index.is_file() and (absent := sorted({*json.loads(index.read_text())["weight_map"].values()} - {f.name for f in found})):
-        raise ValueError(f"{path}: {', '.join(absent)} of {index.name} is not here; copy the missing files")
     return where
 
 
@@ -187,8 +201,10 @@ def load_params(path: str | Path, abstract, shardings, seen: Seen = lambda done,
             tensor = _to_leaf(where[name].read(), p, layer_shape)
             for index in {str(index): index for index in index_of.values()}.values():
                 part, scanned = part_of[str(index)], layer_shape != leaf.shape  # the axis of layers is never sharded
-                _copy(part[n] if scanned else part, tensor[index[1:] if scanned else index], p)
-            done, read = done + 1, read + tensor.nbytes
+                view = tensor[index[1:] if scanned else index]
+                _copy(part[n] if scanned else part, view, p)
+                read += view.nbytes
+            done += 1
             seen(done, read)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: part_of[str(index)])
 
@@ -201,16 +217,16 @@ def tensors(params, config: ModelConfig, dtype) -> Iterator[tuple[str, np.ndarra
     v = config.vision
     for path, leaf in traverse_util.flatten_dict(params).items():
         names = tensor_names((PREFIXES[config.family].get(path[0], path[0]), *path[1:]), leaf.shape)
-        layers = leaf if SCANNED & set(path) else leaf[None]
+        layers = leaf if SCANNED & set(path) else [leaf]
         for n, name in enumerate(names):
             tensor = _from_leaf(np.asarray(layers[n]).astype(dtype), path)
             window = path[1:] == ("patch_embed", "proj", "kernel")
             yield name, tensor.reshape(-1, v.channels, v.temporal, v.patch, v.patch) if window else tensor
 
 
-def save_params(path: Path, params, config: ModelConfig, dtype=np.float32, file_bytes: int = FILE_BYTES) -> None:
-    """Write the parameters with the checkpoint's own names and shapes: model.safetensors, or files of at most `file_bytes` (a larger
-    tensor is a file of its own) with their index. The host holds one file's tensors at a time."""
+def save_params(path: Path, params, config: ModelConfig, dtype=np.float32) -> None:
+    """Write the parameters with the checkpoint's own names and shapes: model.safetensors, or files of at most FILE_BYTES (a larger
+    tensor is a file of its own) with their index. The host holds one file's tensors at a time. One process alone can write."""
     files: list[dict[str, int]] = []
     held: dict[str, np.ndarray] = {}
 
@@ -220,7 +236,7 @@ def save_params(path: Path, params, config: ModelConfig, dtype=np.float32, file_
         held.clear()
 
     for name, tensor in tensors(params, config, dtype):
-        if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > file_bytes:
+        if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > FILE_BYTES:
             flush()
         held[name] = tensor
     flush()

@@ -6,12 +6,14 @@ from typing import Any
 
 from pgjax.config import VisionConfig
 from pgjax.files import read_json
+from pgjax.recipes import typed
 
 # What the files of the released checkpoints say, for a folder that has none.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": dict(min_pixels=56**2, max_pixels=3584**2),
     "qwen3_vl": dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), min_pixels=256**2, max_pixels=4096**2),
 }
+RGB = tuple[float, float, float]
 STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}  # 3: bicubic
 
 
@@ -31,27 +33,24 @@ def processing_from_hf(folder: Path, family: str, vision: VisionConfig) -> Visio
         return replace(vision, **DEFAULTS[family])
     try:
         read = Qwen2VLImageProcessorPil.from_dict(settings)  # knows the old spellings too
-        found: dict[str, Any] = dict(
-            mean=tuple(map(float, read.image_mean)),
-            std=tuple(map(float, read.image_std)),
-            min_pixels=int(read.size.shortest_edge or 0),
-            max_pixels=int(read.size.longest_edge or 0),
-        )
+        mean, std = (typed(RGB, getattr(read, key), key) for key in ("image_mean", "image_std"))
+        least, most = (typed(int, getattr(read.size, key), f"size.{key}") for key in ("shortest_edge", "longest_edge"))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file}: not the settings of Qwen's image processor: {error}") from error
     sizes = {"patch_size": vision.patch, "temporal_patch_size": vision.temporal, "merge_size": vision.merge}
-    differ = lambda wanted: [key for key, value in wanted.items() if getattr(read, key) != value]  # noqa: E731
-    problems = [f"{key} {getattr(read, key)}, but config.json has {sizes[key]}" for key in differ(sizes)]
-    problems += [f"{key} {getattr(read, key)} is not supported, only {STEPS[key]}" for key in differ(STEPS)]
-    if len(found["mean"]) != 3 or len(found["std"]) != 3 or min(found["std"], default=0) <= 0:
-        problems.append(f"image_mean {list(found['mean'])} and image_std {list(found['std'])} must be three numbers each, std above 0")
-    if not 1 <= found["min_pixels"] <= found["max_pixels"]:
-        problems.append(
-            f"size.shortest_edge {found['min_pixels']} and longest_edge {found['max_pixels']} must be bounds of the area in pixels"
-        )
+    problems = [
+        f"{key} {getattr(read, key)} {words} {value}"
+        for words, wanted in (("is not supported, only", STEPS), ("must be that of config.json,", sizes))
+        for key, value in wanted.items()
+        if getattr(read, key) != value
+    ]
+    if not all(x > 0 for x in std):
+        problems.append(f"image_std {std} must be above 0")
+    if not 1 <= least <= most:
+        problems.append(f"size.shortest_edge {least} and longest_edge {most} must be bounds of the area in pixels")
     if problems:
         raise ValueError(f"{file}: " + "; ".join(problems))
-    return replace(vision, **found)
+    return replace(vision, mean=mean, std=std, min_pixels=least, max_pixels=most)
 
 
 def _settings(folder: Path) -> tuple[Path, dict[str, Any] | None]:

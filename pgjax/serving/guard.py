@@ -20,13 +20,12 @@ from pgjax.data.schema import LABELS, Example
 from pgjax.generate.decode import Rollout, decode, encode, prefill
 from pgjax.generate.labels import Scorer, answer_scorer, label_probability
 from pgjax.generate.law import Law
-from pgjax.grpo.programs import never_sampled
-from pgjax.parallel.mesh import make_mesh, place_rows
+from pgjax.parallel.mesh import place_rows
 from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy
-from pgjax.tokenizer import load_tokenizer
+from pgjax.tokenizer import answer_texts, never_sampled
 from pgjax.train.materials import cache_dir, grid
-from pgjax.train.run_folder import read_config
-from pgjax.train.setup import Setup, make_setup, run_params
+from pgjax.train.saved import open_run
+from pgjax.train.setup import Setup
 
 ROWS = 8  # conversations in a batch; a lone one is a batch of its own
 NAME_LIMIT, REASONING_LIMIT = 80, 2000  # characters that are shown
@@ -44,11 +43,8 @@ class Guard:
     @classmethod
     def load(cls, run: Path, policy: Path | None = None, best: bool = False) -> "Guard":
         """The newest checkpoint of a run folder, or the `best` (grpo.keep_best). `policy` is a taxonomy file of the user's own."""
-        recipe = read_config(run)
+        recipe, setup, params, tokenizer = open_run(run, best)
         taxonomy = load_taxonomy(policy or recipe.data.taxonomy)
-        tokenizer = load_tokenizer(run / "tokenizer")
-        setup = make_setup(recipe.model, make_mesh(recipe.mesh))
-        params = run_params(run, recipe, setup, best)
         with jax.set_mesh(setup.mesh):
             weights = jax.jit(setup.cast, out_shardings=setup.rollout)(params)
         automaton = answers.build(tokenizer, grid(taxonomy), recipe.answer.think_tag, recipe.model.text.vocab, cache_dir())
@@ -116,8 +112,7 @@ class Guard:
         answer, scorer = self._programs
         with jax.set_mesh(self.setup.mesh):
             rollout = jax.tree.map(np.asarray, answer(self.weights, *place_rows((batch.prompt, batch.gold), self.setup.mesh)))
-        written = zip(rollout.tokens_PGR[:, 0], rollout.length_PG[:, 0], strict=True)
-        texts = [self.tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in written]
+        texts = answer_texts(self.tokenizer, rollout.tokens_PGR, rollout.length_PG)
         limit = self.recipe.answer.max_tokens
         scores = {
             line.lower(): label_probability(scorer, self.weights, batch.prompt, texts, line, self.tokenizer, limit)

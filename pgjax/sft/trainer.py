@@ -16,7 +16,7 @@ from pgjax.config import Recipe
 from pgjax.data.pipeline import Batch, Pipeline
 from pgjax.data.schema import PromptBatch
 from pgjax.generate.law import Law
-from pgjax.generate.score import Packed, pack, score
+from pgjax.generate.score import Packed, answer_rows, pack, score
 from pgjax.parallel.mesh import place_rows, replicated
 from pgjax.tokenizer import stop_ids
 from pgjax.train.setup import Setup, make_setup
@@ -25,15 +25,9 @@ from pgjax.train.update import make_optimizer, update
 
 def answer_arrays(texts_PG: Sequence[Sequence[str]], tokenizer, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Answers as tokens int32 [P, G, R], each closed by the stop token, and lengths [P, G]. ValueError for one that is too long."""
-    P, G = len(texts_PG), len(texts_PG[0])
-    tokens_PGR, length_PG = np.zeros((P, G, limit), np.int32), np.zeros((P, G), np.int32)
-    for p, texts in enumerate(texts_PG):
-        for g, text in enumerate(texts):
-            tokens = [*tokenizer(text, add_special_tokens=False)["input_ids"], stop_ids(tokenizer)[0]]
-            if len(tokens) > limit:
-                raise ValueError(f"a supervised answer has {len(tokens)} tokens, more than answer.max_tokens {limit}")
-            tokens_PGR[p, g, : len(tokens)], length_PG[p, g] = tokens, len(tokens)
-    return tokens_PGR, length_PG
+    stop = stop_ids(tokenizer)[0]
+    ids = lambda text: [*tokenizer(text, add_special_tokens=False)["input_ids"], stop]  # noqa: E731
+    return answer_rows([[ids(text) for text in texts] for texts in texts_PG], limit)
 
 
 def label_tokens(tokenizer, vocab: int) -> np.ndarray:
@@ -64,7 +58,7 @@ def train(
     config, R, mesh = recipe.sft, recipe.answer.max_tokens, setup.mesh
     setup = make_setup(dataclasses.replace(setup.model.config, freeze_vision=False, lora_rank=0), mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state, _ = setup.state(params, optimizer)
+    state = setup.state(params, optimizer)
 
     label_V = jnp.asarray(label_tokens(tokenizer, recipe.model.text.vocab))
 

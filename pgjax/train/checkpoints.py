@@ -42,11 +42,19 @@ class Checkpoints:
 
         Types are cast to those of `abstract`. Raises ValueError when there is no such checkpoint, or its tree or shapes differ.
         """
+        return self._restore(ocp.args.StandardRestore(abstract), step)
+
+    def restore_part(self, abstract: dict, step: int | None = None) -> dict:
+        """As `restore`, of what `abstract` names alone: nested dicts, a dataclass's fields by name. The rest is not read."""
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self._restore(ocp.args.PyTreeRestore(item=abstract, restore_args=placed, partial_restore=True), step)
+
+    def _restore(self, args: ocp.args.CheckpointArgs, step: int | None) -> Any:
         step = self.latest() if step is None else step
         if step is None or step not in self.steps():
             raise ValueError(f"checkpoint {'' if step is None else step} not found in {self.folder}; there are: {self.steps() or 'none'}")
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(step, args=args)
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this recipe: {reason}") from error

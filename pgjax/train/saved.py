@@ -1,0 +1,49 @@
+"""A run folder opened for use: its recipe, the model on the devices that are here, its parameters, its tokenizer."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from pgjax.config import MeshConfig, Recipe
+from pgjax.data.images import capped
+from pgjax.parallel.mesh import make_mesh
+from pgjax.tokenizer import load_tokenizer
+from pgjax.train.checkpoints import Checkpoints
+from pgjax.train.run_folder import read_config
+from pgjax.train.setup import Setup, make_setup
+from pgjax.train.trainable import merge, split
+
+
+class SavedRun(NamedTuple):
+    recipe: Recipe
+    setup: Setup
+    params: dict  # adapters included; what was trained is float32, the rest in the compute type
+    tokenizer: Any
+
+
+def open_run(run: Path, best: bool = False, compute_dtype: str | None = None) -> SavedRun:
+    """The newest checkpoint of a run folder, or the `best` (grpo.keep_best), on all devices, whatever mesh it was trained on.
+
+    `compute_dtype` stands instead of the recipe's. Optimiser moments are not read. Raises ValueError for a folder that is no run, or has
+    no such checkpoint.
+    """
+    recipe = read_config(run)
+    model = recipe.model  # which was trained on pictures of at most so many pixels
+    model = dataclasses.replace(
+        model, compute_dtype=compute_dtype or model.compute_dtype, vision=capped(model.vision, recipe.data.max_pixels)
+    )
+    recipe = dataclasses.replace(recipe, model=model)
+    tokenizer, setup = load_tokenizer(run / "tokenizer"), make_setup(recipe.model, make_mesh(MeshConfig()))
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    trained = jax.tree.map(place, setup.trained(setup.abstract), setup.trained(setup.training))
+    frozen = split(setup.abstract_reference(), recipe.model)[1]
+    checkpoints, references = Checkpoints(run / "checkpoints"), Checkpoints(run / "reference")
+    if best and checkpoints.best() is None:
+        raise ValueError(f"run {run} has no best checkpoint: none was scored (grpo.keep_best); leave out --best")
+    params = checkpoints.restore_part({"params": trained}, checkpoints.best() if best else None)["params"]
+    if frozen:
+        params = merge(params, references.restore_part(frozen))
+    checkpoints.close(), references.close()
+    return SavedRun(recipe, setup, params, tokenizer)
