@@ -402,7 +402,6 @@ DAMAGED = [  # what is done to the run folder, the command, and what its one lin
     ("checkpoint emptied", lambda: shutil.rmtree(RUN / "checkpoints" / "0" / "default"), ASK, "checkpoint runs/tiny/checkpoints/0"),
     ("tokenizer gone", lambda: shutil.rmtree(RUN / "tokenizer"), ASK, "tokenizer runs/tiny/tokenizer", "no tokenizer.json"),
     ("tokenizer cut", lambda: truncate(RUN / "tokenizer"), ASK, "tokenizer runs/tiny/tokenizer", "cannot be read"),
-    ("other devices", lambda: edit_config(RUN, "mesh.data", 1), ASK, "data=1", "8 devices"),
     ("unknown category", None, f"{ASK} --categories C99", "'C99'"),
     ("long request", None, f"moderate --model runs/tiny --request '{'word ' * 400}'", "152 tokens", "shorten"),
     ("wide image", None, f"{ASK} --image wide.png", "64 patches", "smaller"),

@@ -24,6 +24,7 @@ from pgjax.parallel.mesh import place_rows
 from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy
 from pgjax.tokenizer import answer_texts, never_sampled
 from pgjax.train.materials import cache_dir, grid
+from pgjax.train.run_folder import read_config
 from pgjax.train.saved import open_run
 from pgjax.train.setup import Setup
 
@@ -43,8 +44,8 @@ class Guard:
     @classmethod
     def load(cls, run: Path, policy: Path | None = None, best: bool = False) -> "Guard":
         """The newest checkpoint of a run folder, or the `best` (grpo.keep_best). `policy` is a taxonomy file of the user's own."""
+        taxonomy = load_taxonomy(policy or read_config(run).data.taxonomy)
         recipe, setup, params, tokenizer = open_run(run, best)
-        taxonomy = load_taxonomy(policy or recipe.data.taxonomy)
         with jax.set_mesh(setup.mesh):
             weights = jax.jit(setup.cast, out_shardings=setup.rollout)(params)
         automaton = answers.build(tokenizer, grid(taxonomy), recipe.answer.think_tag, recipe.model.text.vocab, cache_dir())

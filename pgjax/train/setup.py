@@ -10,7 +10,7 @@ import optax
 from flax import linen as nn
 
 from pgjax.config import ModelConfig
-from pgjax.models.checkpoint import load_params, tensor_shapes
+from pgjax.models.checkpoint import check_params, load_params, tensor_shapes
 from pgjax.models.qwen_vl import QwenVL, init_boxed
 from pgjax.parallel import mesh as meshes
 from pgjax.train.progress import Progress
@@ -39,6 +39,7 @@ class Setup:
         """Base parameters of a Hugging Face checkpoint directory, float32, or where none of them is trained in the compute type; says
         how far it is and how fast."""
         began, shapes = time.monotonic(), self.abstract_reference() if self.model.config.lora_rank else base(self.abstract)
+        check_params(path, shapes)  # whose complaint is one line, not one below the progress
         with Progress("load", len(tensor_shapes(shapes)), show=jax.process_index() == 0) as progress:
             rate = lambda size: {"GB": size / 1e9, "GB/s": size / 1e9 / (time.monotonic() - began)}  # noqa: E731
             return load_params(path, shapes, base(self.training), lambda done, size: progress.update(done, **rate(size)))
