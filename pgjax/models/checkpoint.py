@@ -183,7 +183,7 @@ def check_params(path: str | Path, abstract) -> dict[str, Tensor]:
 def load_params(path: str | Path, abstract, shardings, seen: Seen = lambda done, size: None):
     """Parameters of a checkpoint directory in `abstract`'s types, straight into sharded arrays.
 
-    A process reads what its devices need, tensor by tensor, and holds no more than their share of the parameters and one tensor.
+    A process reads what its devices need, tensor by tensor, and holds no more than their share of the parameters and one leaf of it.
     `shardings` is the tree of NamedShardings. Errors as in `check_params`.
     """
     where, leaves = check_params(path, abstract), traverse_util.flatten_dict(abstract)
