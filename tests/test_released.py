@@ -18,7 +18,7 @@ from pgjax.models.qwen_vl import QwenVL, init_boxed, patch_values
 from pgjax.models.released import RELEASED
 from pgjax.recipes import load_recipe, validate
 
-# As the hub counts the released files' parameters; a tied head is not counted twice.
+# The released files' parameters, as public code quotes them (of the 72B no quotation was found); a tied head is not counted twice.
 PARAMETERS = {
     "Qwen2.5-VL-3B": 3_754_622_976,
     "Qwen2.5-VL-7B": 8_292_166_656,
