@@ -159,3 +159,12 @@ def test_each_tensor_is_read_once(saved, monkeypatch):
     monkeypatch.setattr(checkpoint.Tensor, "read", lambda self, read=checkpoint.Tensor.read: reads.append(self.offset) or read(self))
     load_params(source, *abstract_params(tiny_model(source), make_mesh(MeshConfig(2, 2, 2))))
     assert len(reads) == len(set(reads)) == len(load_file(source / "model.safetensors"))
+
+
+def test_what_was_read_is_not_copied(saved, monkeypatch):
+    """CPU devices take the memory that the files were read into, so that a host holds its share once."""
+    made = []
+    monkeypatch.setattr(checkpoint, "_aligned", lambda *args, make=checkpoint._aligned: made.append(make(*args)) or made[-1])
+    params = load_params(saved[1], *abstract_params(tiny_model(saved[1]), make_mesh(MeshConfig(2, 2, 2))))
+    shards = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+    assert {shard.unsafe_buffer_pointer() for shard in shards} == {part.ctypes.data for part in made}

@@ -94,6 +94,14 @@ def _copy(part: np.ndarray, view: np.ndarray, path: tuple[str, ...]) -> None:
         part[rows] = view[rows].astype(part.dtype, order="K")
 
 
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array whose memory a CPU device takes as it is; from any other address it would make a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _from_leaf(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
     """One layer's leaf in checkpoint layout."""
     matrix = _matrix(path, array.shape)
@@ -183,7 +191,7 @@ def check_params(path: str | Path, abstract) -> dict[str, Tensor]:
 def load_params(path: str | Path, abstract, shardings, seen: Seen = lambda done, size: None):
     """Parameters of a checkpoint directory in `abstract`'s types, straight into sharded arrays.
 
-    A process reads what its devices need, tensor by tensor, and holds no more than their share of the parameters and one leaf of it.
+    A process reads what its devices need, tensor by tensor, and holds no more than their share of the parameters and one tensor.
     `shardings` is the tree of NamedShardings. Errors as in `check_params`.
     """
     where, leaves = check_params(path, abstract), traverse_util.flatten_dict(abstract)
@@ -193,13 +201,12 @@ def load_params(path: str | Path, abstract, shardings, seen: Seen = lambda done,
         nonlocal done, read
         names, layer_shape = tensor_names(p, leaf.shape), _layer_shape(p, leaf.shape)
         index_of = sharding.addressable_devices_indices_map(leaf.shape)
-        part_of: dict[str, np.ndarray] = {}  # by index: devices that replicate a part share it
-        for index in index_of.values():
-            shape = [len(range(*at.indices(size))) for at, size in zip(index, leaf.shape, strict=True)]
-            part_of.setdefault(str(index), np.empty(shape, leaf.dtype))
+        indices = {str(index): index for index in index_of.values()}  # devices that replicate a part share it
+        shape_of = lambda index: [len(range(*at.indices(size))) for at, size in zip(index, leaf.shape, strict=True)]  # noqa: E731
+        part_of = {key: _aligned(shape_of(index), leaf.dtype) for key, index in indices.items()}
         for n, name in enumerate(names):
             tensor = _to_leaf(where[name].read(), p, layer_shape)
-            for index in {str(index): index for index in index_of.values()}.values():
+            for index in indices.values():
                 part, scanned = part_of[str(index)], layer_shape != leaf.shape  # the axis of layers is never sharded
                 view = tensor[index[1:] if scanned else index]
                 _copy(part[n] if scanned else part, view, p)
