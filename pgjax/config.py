@@ -4,7 +4,7 @@ Constants of the published run stand in PAPERS A9 (hyperparameters) and C (losse
 papers leave open is a parameter here, and its comment says that the value is our choice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -136,24 +136,34 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Defaults are the published run as it ran: clip range 0.2, where the paper says 0.1. LOSS_PRESETS has the plain algorithm."""
+    """Defaults are the published run as it ran: clip range 0.2, where the paper says 0.1. LOSS_PRESETS has other algorithms;
+    docs/losses.md has every switch with its formula and source."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0  # 0: off
-    kl_coef: float = 0.01  # k3 in the loss
-    kl_in_reward: float = 0.001  # k1 in the reward
+    kl_coef: float = 0.01  # of the KL in the loss
+    kl_in_reward: float = 0.001  # of the KL in the reward
     entropy_coef: float = 0.01
-    aggregation: Literal["token_mean", "seq_mean"] = "token_mean"
+    aggregation: Literal["token_mean", "seq_mean", "seq_sum"] = "token_mean"  # seq_sum: over answers times the limit R
     agg_eps: float = 1e-8
     std: Literal["ddof1", "ddof0", "off"] = "ddof1"
     std_eps: float = 1e-6
+    baseline: Literal["mean", "leave_one_out"] = "mean"  # of the group, or of its other answers
+    kl: Literal["k1", "k2", "k3"] = "k3"  # estimator in the loss; k1 has no gradient on average there
+    kl_reward: Literal["k1", "k2", "k3"] = "k1"  # estimator in the reward
+    overlong_buffer: int = 0  # the reward falls by up to 1 over the last so many tokens before the limit R; 0: off
+    tis_cap: float = 0.0  # truncated importance weights of the scorer over the sampler, at most this; 0: off
 
 
-# `grpo` is the plain algorithm: one clip, a k3 penalty, exact means, nothing in the reward.
+# `grpo` is the plain algorithm: one clip, a k3 penalty, exact means, nothing in the reward. The two after it leave the KL out.
+# `dapo` wants dynamic sampling beside it (rollout.oversample); its buffer is a fifth of R = 1024, as theirs is of their limit.
+_PLAIN = LossConfig(dual_clip=0.0, kl_coef=0.0, kl_in_reward=0.0, entropy_coef=0.0, agg_eps=0.0)
 LOSS_PRESETS = {
     "proguard": LossConfig(),
-    "grpo": LossConfig(dual_clip=0.0, kl_coef=0.04, kl_in_reward=0.0, entropy_coef=0.0, aggregation="seq_mean", agg_eps=0.0),
+    "grpo": replace(_PLAIN, kl_coef=0.04, aggregation="seq_mean"),
+    "dr_grpo": replace(_PLAIN, aggregation="seq_sum", std="off"),
+    "dapo": replace(_PLAIN, clip_high=0.28, overlong_buffer=204),
 }
 
 

@@ -161,9 +161,10 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("above 0, at most 1", lambda x: 0 < x <= 1, "rollout.top_p sft.label_share"),
     ("from 0 to below 1", lambda x: 0 <= x < 1, "*.optimizer.b[12]"),
     ("0 (off) or above 1", lambda x: x == 0 or x > 1, "grpo.loss.dual_clip"),
+    ("0 (off) or at least 1", lambda x: x == 0 or x >= 1, "grpo.loss.tis_cap"),
     ("0 (the checkpoint's tokenizer) or at least 320", lambda x: x == 0 or x >= 320, "tokenizer_vocab"),  # as tokenizer.train_byte_bpe
     ("at least 0", lambda x: x >= 0, "model.vision.window model.vision.positions model.*_blocks model.*.deepstack model.lora_rank"),
-    ("at least 0", lambda x: x >= 0, "seed devices data.patches rollout.top_k *.steps *_every grpo.loss.clip_high grpo.loss.*_eps"),
+    ("at least 0", lambda x: x >= 0, "seed devices data.patches rollout.top_k *.steps *_every grpo.loss.clip_high *_eps *_buffer"),
     ("above 0", lambda x: x > 0, "model.* rollout.temperature *.learning_rate"),
     ("at least 0", lambda x: x >= 0, "*.optimizer.*"),
     ("at least 2", lambda x: x >= 2, "data.*_examples"),  # generated in twins
@@ -221,6 +222,7 @@ def _run_problems(recipe: Recipe) -> list[str]:
     model, data, rollout, grpo, vocab = recipe.model, recipe.data, recipe.rollout, recipe.grpo, recipe.model.text.vocab
     keep, buckets, longest = data.ood.keep, rollout.packed_tokens, rollout.group * recipe.answer.max_tokens
     block, prompts, mini, micro = model.vision.window_patches, grpo.prompts, grpo.mini_prompts, grpo.micro_prompts
+    buffer, limit = grpo.loss.overlong_buffer, recipe.answer.max_tokens
     whole = recipe.checkpoint is None or not (model.freeze_vision or model.lora_rank)
     return _failed(
         {
@@ -233,6 +235,7 @@ def _run_problems(recipe: Recipe) -> list[str]:
             f"rollout.packed_tokens {buckets} must end with at least group x max_tokens {longest}": not buckets or buckets[-1] >= longest,
             f"sft.steps {recipe.sft.steps} with a checkpoint, and freeze_vision or lora_rank: the warm-up trains the whole model; "
             "set sft.steps 0": whole or not recipe.sft.steps,
+            f"grpo.loss.overlong_buffer {buffer} must be at most answer.max_tokens {limit}": buffer <= limit,
             f"grpo.mini_prompts {mini} must divide prompts {prompts}": prompts % mini == 0,
             f"grpo.micro_prompts {micro} must divide mini_prompts {mini}": mini % micro == 0,
         }

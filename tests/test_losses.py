@@ -36,10 +36,10 @@ SAMPLE_PADDED = np.repeat(np.arange(4), 3)[None]  # row of 12 slots: answer of e
 
 
 def padded(loss=PROGUARD):
-    """The golden group as [1, 12] arrays: (logp, old, ref, entropy, advantage), mask, sample."""
+    """The golden group as [1, 12] arrays: (logp, old, sampled, ref, entropy, advantage), mask, sample. `sampled` is not read here."""
     mask, reward, old, ref, new, entropy = golden()
     advantage, _ = advantages(jnp.array(reward)[None], jnp.array((mask * (old - ref)).sum(1))[None], loss)
-    row = [jnp.array(x).reshape(1, 12) for x in (new, old, ref, entropy)]
+    row = [jnp.array(x).reshape(1, 12) for x in (new, old, old + jnp.nan, ref, entropy)]
     return [*row, per_token(advantage, SAMPLE_PADDED)], jnp.array(mask).reshape(1, 12), jnp.array(SAMPLE_PADDED)
 
 
@@ -47,7 +47,7 @@ def packed(loss=PROGUARD):
     """The same without gaps, rubbish in the one slot left over."""
     arrays, mask, sample = padded(loss)
     keep = np.flatnonzero(np.asarray(mask[0]))
-    rubbish = [jnp.nan, jnp.inf, -jnp.inf, jnp.nan, 7.0]
+    rubbish = [jnp.nan, jnp.inf, jnp.inf, -jnp.inf, jnp.nan, 7.0]
     arrays = [jnp.concatenate([x[:, keep], jnp.full((1, 1), bad)], axis=1) for x, bad in zip(arrays, rubbish, strict=True)]
     mask = jnp.concatenate([mask[:, keep], jnp.zeros((1, 1))], axis=1)
     return arrays, mask, jnp.concatenate([sample[:, keep], jnp.full((1, 1), -1)], axis=1)
@@ -60,8 +60,8 @@ def finish(total, number, loss):
 
 def means(arrays, mask, sample, loss):
     tokens, metrics = token_loss(*arrays, mask, loss)
-    whole = finish(*aggregate(tokens, mask, sample, 4, loss.aggregation), loss)
-    return whole, {name: finish(*pair, loss) for name, pair in metric_pairs(metrics, mask, sample, 4, loss.aggregation).items()}
+    whole = finish(*aggregate(tokens, mask, sample, 4, 3, loss.aggregation), loss)
+    return whole, {name: finish(*pair, loss) for name, pair in metric_pairs(metrics, mask, sample, 4, 3, loss.aggregation).items()}
 
 
 def test_advantage_golden():
@@ -99,9 +99,9 @@ def test_loss_golden(layout, clip, loss_value, policy, clipfrac):
 
 
 def one_token(loss, **values):
-    """Loss and its gradient in logp of a single token; logp, old, ref, entropy default to 0, advantage to 1."""
-    given = {"logp": 0.0, "old": 0.0, "ref": 0.0, "entropy": 0.0, "advantage": 1.0} | values
-    logp, *rest = (jnp.array(given[name]) for name in ("logp", "old", "ref", "entropy", "advantage"))
+    """Loss and its gradient in logp of a single token; all but advantage, which is 1, default to 0."""
+    given = {"logp": 0.0, "old": 0.0, "sampled": 0.0, "ref": 0.0, "entropy": 0.0, "advantage": 1.0} | values
+    logp, *rest = (jnp.array(given[name]) for name in ("logp", "old", "sampled", "ref", "entropy", "advantage"))
     return jax.value_and_grad(lambda x: token_loss(x, *rest, jnp.ones(()), loss)[0])(logp)
 
 
@@ -115,7 +115,7 @@ def test_dual_clip_token():
     assert grad == 0
     value, grad = one_token(replace(BARE, dual_clip=0.0), logp=1.8, advantage=advantage)
     np.testing.assert_allclose([value, grad], 8.626422135661116, atol=1e-12)
-    metrics = token_loss(*(jnp.array(x) for x in (1.8, 0.0, 0.0, 0.0, advantage)), jnp.ones(()), BARE)[1]
+    metrics = token_loss(*(jnp.array(x) for x in (1.8, 0.0, 0.0, 0.0, 0.0, advantage)), jnp.ones(()), BARE)[1]
     assert metrics["actor/pg_clipfrac_lower"] == 1 and metrics["actor/pg_clipfrac"] == 0
 
 
@@ -176,7 +176,7 @@ def test_agrees_with_torch():
     (total * torch.tensor(mask)).sum().backward()
 
     def jax_total(lp):
-        return jnp.sum(token_loss(lp, old, ref, entropy, advantage, mask, PROGUARD)[0] * mask)
+        return jnp.sum(token_loss(lp, old, old, ref, entropy, advantage, mask, PROGUARD)[0] * mask)
 
     value, grad = jax.value_and_grad(jax_total)(jnp.array(logp))
     np.testing.assert_allclose(value, (total.detach().numpy() * mask).sum(), atol=1e-10)
@@ -185,7 +185,7 @@ def test_agrees_with_torch():
 
 def test_masked_slots_give_no_gradient_and_no_nan():
     arrays, mask, sample = packed()
-    for aggregation in ("token_mean", "seq_mean"):
+    for aggregation in ("token_mean", "seq_mean", "seq_sum"):
         config = replace(PROGUARD, aggregation=aggregation)
         grad = jax.grad(lambda lp, config=config: means([lp, *arrays[1:]], mask, sample, config)[0])(arrays[0])
         assert jnp.isfinite(grad).all() and grad[0, -1] == 0
@@ -223,7 +223,7 @@ def test_group_of_one_and_rows_of_weight_zero():
     assert (got[1] == 0).all() and stats["frac_zero_std"] == 0.5 and stats["rewards/mean"] == 2.25
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "seq_sum"])
 def test_packed_equals_padded(aggregation):
     config = replace(PROGUARD, aggregation=aggregation)
     (one, metrics_one), (two, metrics_two) = means(*padded(config), config), means(*packed(config), config)
@@ -243,17 +243,20 @@ def batch(seed=0, prompts=6, group=3, slots=20):
     return rng.normal(size=(prompts, slots)), mask, sample, lengths
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "seq_mean", "seq_sum"])
 def test_aggregation_by_hand_and_micro_batches_add_up(aggregation):
     values, mask, sample, lengths = batch()
     exact = LossConfig(agg_eps=0.0)
-    total, number = aggregate(jnp.array(values), jnp.array(mask), jnp.array(sample), 3, aggregation)
+    total, number = aggregate(jnp.array(values), jnp.array(mask), jnp.array(sample), 3, 10, aggregation)
     answers = [values[p, sample[p] == g] for p in range(6) for g in range(3) if lengths[p, g]]
-    want = np.concatenate(answers).mean() if aggregation == "token_mean" else np.mean([a.mean() for a in answers])
+    want, over = {
+        "token_mean": (np.concatenate(answers).mean(), lengths.sum()),
+        "seq_mean": (np.mean([a.mean() for a in answers]), len(answers)),
+        "seq_sum": (np.mean([a.sum() / 10 for a in answers]), 10 * len(answers)),
+    }[aggregation]
     np.testing.assert_allclose(finish(total, number, exact), want, atol=1e-14)
-    assert number == count(jnp.array(mask), jnp.array(sample), 3, aggregation)
-    assert number == (lengths.sum() if aggregation == "token_mean" else len(answers))
-    parts = [aggregate(*(jnp.array(x[i : i + 2]) for x in (values, mask, sample)), 3, aggregation) for i in (0, 2, 4)]
+    assert number == count(jnp.array(mask), jnp.array(sample), 3, 10, aggregation) == over
+    parts = [aggregate(*(jnp.array(x[i : i + 2]) for x in (values, mask, sample)), 3, 10, aggregation) for i in (0, 2, 4)]
     np.testing.assert_allclose(sum(p[0] for p in parts), total, atol=1e-14)
     assert sum(p[1] for p in parts) == number
 
@@ -261,7 +264,7 @@ def test_aggregation_by_hand_and_micro_batches_add_up(aggregation):
 def test_nothing_counted_is_zero():
     zero = jnp.zeros((1, 5))
     for config in LOSS_PRESETS.values():
-        pair = aggregate(zero + jnp.nan, zero, jnp.zeros((1, 5), int), 2, config.aggregation)
+        pair = aggregate(zero + jnp.nan, zero, jnp.zeros((1, 5), int), 2, 5, config.aggregation)
         assert finish(*pair, config) == 0
 
 

@@ -92,11 +92,12 @@ def test_gradient_norms():
         def loss_sum(params, micro):
             logp, entropy = score(setup.model, pad_row_frozen(params), *micro, law)
             mask_PQ, sample_PQ = packed.mask_PQ, packed.sample_PQ
-            token, metrics = losses.token_loss(logp, old_PQ, ref_PQ, entropy, losses.per_token(advantage_PG, sample_PQ), mask_PQ, LOSS)
-            total, _ = losses.aggregate(token, mask_PQ, sample_PQ, 1, LOSS.aggregation)
-            return total, losses.metric_pairs(metrics, mask_PQ, sample_PQ, 1, LOSS.aggregation)
+            advantage_PQ = losses.per_token(advantage_PG, sample_PQ)
+            token, metrics = losses.token_loss(logp, old_PQ, old_PQ, ref_PQ, entropy, advantage_PQ, mask_PQ, LOSS)
+            total, _ = losses.aggregate(token, mask_PQ, sample_PQ, 1, 32, LOSS.aggregation)
+            return total, losses.metric_pairs(metrics, mask_PQ, sample_PQ, 1, 32, LOSS.aggregation)
 
-        number = losses.count(packed.mask_PQ, packed.sample_PQ, 1, LOSS.aggregation)
+        number = losses.count(packed.mask_PQ, packed.sample_PQ, 1, 32, LOSS.aggregation)
         return update(state, optimizer, loss_sum, (batch, packed), number, 1)
 
     norms = []

@@ -1,4 +1,4 @@
-"""The clipped policy loss with its KL and entropy terms, token by token, and how tokens become one number (PAPERS C5-C11).
+"""The clipped policy loss with its KL and entropy terms, token by token, and how tokens become one number (PAPERS C5-C11; docs/losses.md).
 
 Sums and counts stay apart until the last division, so that micro-batches, mini-batches and devices add up to the exact mean.
 Axes: P prompts, Q packed answer tokens of a group, G answers of a group; `sample_PQ` says whose token stands where.
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from pgjax.config import LossConfig
 
-Aggregation = Literal["token_mean", "seq_mean"]
+Aggregation = Literal["token_mean", "seq_mean", "seq_sum"]
+Estimator = Literal["k1", "k2", "k3"]
 Pair = tuple[jax.Array, jax.Array]
 
 LOG_RATIO_MAX = 20.0  # nats; both log-ratios are clamped here before exp
@@ -21,6 +22,7 @@ KL_MAX = 10.0  # nats a token
 def token_loss(
     logp: jax.Array,
     old: jax.Array,
+    sampled: jax.Array,
     ref: jax.Array,
     entropy: jax.Array,
     advantage: jax.Array,
@@ -29,12 +31,13 @@ def token_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of every token and the metrics' tokens; all arrays of one shape, elementwise, in nats.
 
-    `logp`, `old` and `ref` are the token's logprob under the policy, the policy that sampled, and the reference. Where `mask`
+    `logp`, `old` and `ref` are the token's logprob under the policy, the policy that sampled, and the reference, by the scoring
+    program; `sampled` is what the sampler itself gave it, read with `loss.tis_cap` alone. Where `mask`
     is 0 everything is 0 whatever stands there, infinities included. Gradient conventions are PyTorch's: none outside a clamp,
     the full one on its border, half to each side where two branches are equal.
     """
     mask = mask > 0
-    logp, old, ref, entropy, advantage = (jnp.where(mask, x, 0.0) for x in (logp, old, ref, entropy, advantage))
+    logp, old, sampled, ref, entropy, advantage = (jnp.where(mask, x, 0.0) for x in (logp, old, sampled, ref, entropy, advantage))
     log_ratio = _clamp(logp - old, -LOG_RATIO_MAX, LOG_RATIO_MAX)
     ratio = jnp.exp(log_ratio)
     plain = -advantage * ratio
@@ -45,9 +48,13 @@ def token_loss(
         bound = -advantage * loss.dual_clip
         clipfrac_lower = (policy > bound) & (advantage < 0)
         policy = jnp.where(advantage < 0, jnp.minimum(bound, policy), policy)
-    to_ref = _clamp(ref - logp, -LOG_RATIO_MAX, LOG_RATIO_MAX)
-    kl = _clamp(jnp.exp(to_ref) - to_ref - 1, -KL_MAX, KL_MAX)  # k3: never negative, unbiased
-    metrics = {
+    extra = {}
+    if loss.tis_cap:  # the sampler's law is not quite the scorer's: weigh each token by their ratio, bounded above
+        weight = jnp.minimum(jnp.exp(_clamp(old - sampled, -LOG_RATIO_MAX, LOG_RATIO_MAX)), loss.tis_cap)
+        policy = policy * jax.lax.stop_gradient(weight)
+        extra = {"actor/tis_weight": weight, "actor/tis_capped": weight >= loss.tis_cap}
+    kl = kl_estimate(logp, ref, loss.kl)
+    metrics = extra | {
         "actor/pg_loss": policy,
         "actor/kl_loss": kl,
         "actor/entropy": entropy,
@@ -57,6 +64,19 @@ def token_loss(
     }
     total = policy - loss.entropy_coef * entropy + loss.kl_coef * kl
     return total, {name: jax.lax.stop_gradient(value.astype(total.dtype)) for name, value in metrics.items()}
+
+
+def kl_estimate(logp: jax.Array, ref: jax.Array, estimator: Estimator) -> jax.Array:
+    """KL(policy || reference) from tokens of the policy, elementwise in nats: Schulman's k1 and k3 without bias, k2 with a small one.
+
+    Gradients are those of the value. k3 is clamped, as verl does, and k1 and k2 are not.
+    """
+    if estimator == "k1":
+        return logp - ref
+    if estimator == "k2":
+        return 0.5 * jnp.square(logp - ref)
+    to_ref = _clamp(ref - logp, -LOG_RATIO_MAX, LOG_RATIO_MAX)
+    return _clamp(jnp.exp(to_ref) - to_ref - 1, -KL_MAX, KL_MAX)
 
 
 def _clamp(x: jax.Array, low: float, high: float) -> jax.Array:
@@ -75,8 +95,8 @@ def answer_lengths(mask_PQ: jax.Array, sample_PQ: jax.Array, group: int) -> jax.
     return own_PQG.sum(axis=1, dtype=jnp.promote_types(mask_PQ.dtype, jnp.float32))
 
 
-def aggregate(values_PQ: jax.Array, mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, aggregation: Aggregation) -> Pair:
-    """(sum, count) whose quotient is the mean over tokens, or over answers of each answer's token mean.
+def aggregate(values_PQ: jax.Array, mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, limit: int, aggregation: Aggregation) -> Pair:
+    """(sum, count) whose quotient is the mean over tokens, over answers of each answer's token mean, or of its token sum over `limit`.
 
     `mask_PQ` is 1 for tokens of answers, stop token included, in rows of weight above 0. Answers without such a token count nowhere.
     """
@@ -84,23 +104,25 @@ def aggregate(values_PQ: jax.Array, mask_PQ: jax.Array, sample_PQ: jax.Array, gr
     if aggregation == "seq_mean":
         length_PG = answer_lengths(mask_PQ, sample_PQ, group)
         weight_PQ /= per_token(jnp.maximum(length_PG, 1.0), sample_PQ).astype(values_PQ.dtype)
-    return jnp.sum(jnp.where(mask_PQ > 0, values_PQ, 0.0) * weight_PQ), count(mask_PQ, sample_PQ, group, aggregation)
+    return jnp.sum(jnp.where(mask_PQ > 0, values_PQ, 0.0) * weight_PQ), count(mask_PQ, sample_PQ, group, limit, aggregation)
 
 
-def count(mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, aggregation: Aggregation) -> jax.Array:
-    """What `aggregate` divides by: tokens, or answers with at least one token. Known before any forward pass."""
+def count(mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, limit: int, aggregation: Aggregation) -> jax.Array:
+    """What `aggregate` divides by: tokens, or answers with at least one token, these times the answer limit R for `seq_sum`.
+    Known before any forward pass."""
     dtype = jnp.promote_types(mask_PQ.dtype, jnp.float32)
     if aggregation == "token_mean":
         return jnp.sum(mask_PQ > 0, dtype=dtype)
-    return jnp.sum(answer_lengths(mask_PQ, sample_PQ, group) > 0, dtype=dtype)
+    answers = jnp.sum(answer_lengths(mask_PQ, sample_PQ, group) > 0, dtype=dtype)
+    return answers * limit if aggregation == "seq_sum" else answers
 
 
 def metric_pairs(
-    metrics: dict[str, jax.Array], mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, aggregation: Aggregation
+    metrics: dict[str, jax.Array], mask_PQ: jax.Array, sample_PQ: jax.Array, group: int, limit: int, aggregation: Aggregation
 ) -> dict[str, Pair]:
     """(sum, count) of each metric of `token_loss`: terms of the loss as the loss is aggregated, the others over tokens, as verl does."""
     terms = ("actor/pg_loss", "actor/kl_loss", "actor/entropy")
     return {
-        name: aggregate(value_PQ, mask_PQ, sample_PQ, group, aggregation if name in terms else "token_mean")
+        name: aggregate(value_PQ, mask_PQ, sample_PQ, group, limit, aggregation if name in terms else "token_mean")
         for name, value_PQ in metrics.items()
     }
