@@ -2,7 +2,8 @@
 PYTHON ?= python3
 # Compiled programs are kept outside the clone, so that a second run starts warm.
 export PGJAX_CACHE ?= $(HOME)/.cache/pgjax
-# PARITY=1 installs torch and SmolLM2 too: the comparisons with the reference implementations then run live.
+# PARITY=1 installs torch, SmolLM2 and libtpu too: the comparisons with the reference implementations then run live, and the
+# attention kernels are compiled for a TPU.
 PARITY ?= 0
 
 BIN := .venv/bin
@@ -39,6 +40,6 @@ lint: .venv/.test
 	@touch $@
 
 .venv/.parity: .venv/.installed examples/smollm2/requirements.txt
-	$(PIP) -e '.[parity]'
+	$(PIP) -e '.[parity,tpu]'
 	$(PIP) --no-deps -r examples/smollm2/requirements.txt
 	@touch $@

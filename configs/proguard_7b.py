@@ -23,7 +23,8 @@ recipe = Recipe(
     rollout=RolloutConfig(
         group=16,  # A9, rollout.n
         temperature=1.0,  # verl's default, as top-p 1 and no top-k
-        packed_tokens=(4096, 8192, 16 * 1024),  # our choice: answers become short
+        lanes=4,  # our choice, as the next: docs/performance.md has what they waste
+        rows=64,
     ),
     reward=RewardConfig(variant="published"),  # A8; its embedder is BGE-M3 by inference (A2): --reward.embedder
     grpo=GRPOConfig(

@@ -45,7 +45,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.grpo.trainer import train
 
     run = Path(args.runs) / recipe.name
-    summary = train(recipe, run, args.fresh)
+    summary = train(recipe, run, args.fresh, args.profile)
     print(json.dumps(summary, indent=2))
     print(f"run: {run}")
 
@@ -190,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--runs", default="runs", help="folder of run folders")
         if name == "train":
             sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
+            sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
     sub = command("moderate", moderate, "verdicts on conversations: one from the flags, or those of a file")
     sub.add_argument("--model", required=True, help="run folder")
     sub.add_argument("--best", action="store_true", help="its checkpoint with the highest held-out request F1; default the newest")

@@ -123,7 +123,10 @@ class RolloutConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     constrained: bool = False  # only tokens from which the answer can still be completed
-    packed_tokens: tuple[int, ...] = ()  # buckets of Q; () means one bucket, G * R
+    lanes: int = 0  # answers of a prompt that are decoded at a time; 0: all G
+    rows: int = 0  # prompts that are decoded at a time, over all devices; 0: all
+    oversample: int = 1  # prompts sampled for each that is trained on: groups whose rewards differ go first (DAPO's dynamic sampling)
+    packed_step: float = 0.9  # widths of packed rows: each this part of the next, up to whole answers; 0: that one width
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,8 @@ class GRPOConfig:
     steps: int = 339
     prompts: int = 256  # P, per step, over all processes
     mini_prompts: int = 32  # prompts per optimiser update
-    micro_prompts: int = 32  # prompts per forward and backward; divides mini_prompts
+    micro_prompts: int = 32  # prompts per forward and backward, on each device in one packed row; divides mini_prompts
+    shares: int = 0  # shares of the batch that deal prompts out to mini-batches by length; 0: one for each shard (data x fsdp)
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validate_every: int = 10

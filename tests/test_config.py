@@ -75,7 +75,7 @@ def test_bad_values_are_one_line(argv, words, capsys):
 def test_json_round_trip():
     recipe = Recipe(
         data=DataConfig(ood=OODConfig(keep=(2, 4), never_seen=("C1",))),
-        rollout=RolloutConfig(packed_tokens=(16, 32)),
+        rollout=RolloutConfig(lanes=3),
         model=ModelConfig(vision=VisionConfig(full_blocks=(1, 3))),
         checkpoint="somewhere",
     )
@@ -93,7 +93,7 @@ def test_json_round_trip():
         ('{"data": {"ood": {"keep": [1]}}}', "recipe.data.ood.keep"),
         ('{"reward": {"variant": "kind"}}', "recipe.reward.variant"),
         ('{"rollout": {"constrained": 1}}', "recipe.rollout.constrained: 1 is not bool"),
-        ('{"rollout": {"packed_tokens": [1, "2"]}}', r"recipe.rollout.packed_tokens\[1\]: '2' is not int"),
+        ('{"model": {"vision": {"full_blocks": [1, "2"]}}}', r"recipe.model.vision.full_blocks\[1\]: '2' is not int"),
     ],
 )
 def test_json_errors_say_where(text, words):
@@ -189,7 +189,8 @@ def test_no_warm_up_of_a_part(trained):
         (replace(BASE, sft=SFTConfig(optimizer=OptimizerConfig(decay_updates=-1))), "sft.optimizer.decay_updates -1 must be at least 0"),
         (replace(BASE, rollout=RolloutConfig(top_p=0.0)), "top_p 0.0 must be above 0, at most 1"),
         (replace(BASE, rollout=RolloutConfig(group=0)), "group 0 must be at least 1"),
-        (replace(BASE, rollout=RolloutConfig(packed_tokens=(64,))), "packed_tokens"),
+        (replace(BASE, rollout=RolloutConfig(lanes=17)), "lanes 17 must be at most rollout.group 16"),
+        (replace(BASE, rollout=RolloutConfig(packed_step=1.0)), "packed_step"),
         (replace(BASE, mesh=MeshConfig(data=-1, fsdp=-1)), "at most one"),
         (replace(BASE, mesh=MeshConfig(data=3), devices=8), "does not fit 8 devices"),
         (replace(BASE, mesh=MeshConfig(data=3, fsdp=1)), "micro_prompts 32 must be a multiple of mesh data x fsdp 3"),

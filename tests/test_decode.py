@@ -14,8 +14,7 @@ from tiny_recipe import MESHES, ONE, G, P, R, batch, host_params, materials, par
 from pgjax import automaton as answers
 from pgjax.generate.decode import decode, encode, prefill
 from pgjax.generate.law import Law
-from pgjax.generate.score import pack, per_answer, score
-from pgjax.grpo.programs import pack_values
+from pgjax.generate.score import pack, pack_values, per_answer, score
 from pgjax.parallel.mesh import place_rows
 from pgjax.tokenizer import never_sampled
 
@@ -28,10 +27,15 @@ def law(automaton, gold, constrained=False) -> Law:
     return Law(jnp.asarray(BLOCKED_V), automaton, answers.outcome_mask(automaton, gold.node_of_id_PK), R, TEMPERATURE, constrained)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "greedy"), compiler_options=QUICK)
-def rollout(params, law, prompts, gold, step=0, group=G, greedy=False):
+@functools.partial(jax.jit, static_argnames=("group", "greedy", "lanes", "rows"), compiler_options=QUICK)
+def rollout_and_slots(params, law, prompts, gold, step=0, group=G, greedy=False, lanes=0, rows=0):
     start = prefill(MODEL, params, prompts, encode(MODEL, params, prompts))
-    return decode(MODEL, params, prompts, gold.modality_P, start, law, jax.random.key(3), step, group=group, greedy=greedy)
+    how = dict(group=group, greedy=greedy, lanes=lanes, rows=rows)
+    return decode(MODEL, params, prompts, gold.modality_P, start, law, jax.random.key(3), step, **how)
+
+
+def rollout(*args, **options):
+    return rollout_and_slots(*args, **options)[0]
 
 
 @functools.cache
@@ -148,14 +152,31 @@ def test_draws_depend_on_step_prompt_and_sample_alone():
     assert np.mean([len(set(row)) for row in first.tokens_PGR[:, :, 0]]) > G / 2
 
 
+@pytest.mark.parametrize(("lanes", "rows"), [(1, 0), (3, 0), (2, 2), (1, 1), (G, 3)])
+def test_answers_do_not_depend_on_lanes_and_rows(lanes, rows):
+    """Fewer lanes than answers, fewer rows than prompts: rings go round, lanes and rows are taken over, and nothing changes."""
+    (prompts, gold), all_at_once = batch(), free()
+    got, slots = rollout_and_slots(host_params(), law(stopping(), gold), prompts, gold, lanes=lanes, rows=rows)
+    for name in ("tokens_PGR", "state_PGR", "length_PG", "final_PG"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(all_at_once, name))
+    np.testing.assert_allclose(got.logp_PGR, all_at_once.logp_PGR, atol=2e-5)
+    assert slots.used.sum() == got.length_PG.sum() and (slots.used <= slots.computed).all()
+    steps = int(slots.computed.sum()) // ((rows or P) * lanes)
+    if (lanes, rows) == (1, 1):
+        assert steps == got.length_PG.sum()  # no slot is wasted
+    if rows == 0 and lanes == 1:
+        assert steps == got.length_PG.sum(axis=1).max()
+
+
 @functools.cache
-def on_mesh(mesh) -> np.ndarray:
-    """Tokens [P, G, R] of the rollout program, greedy and drawn, for equal parameters."""
+def on_mesh(mesh, lanes: int = 0, rows: int = 0) -> np.ndarray:
+    """Tokens [P, G, R] of the rollout program, for equal parameters."""
     optimizer = optax.sgd(1.0)
-    program = programs(mesh, dataclasses.replace(tiny_recipe(), rollout=dataclasses.replace(tiny_recipe().rollout, group=2 * G)), optimizer)
+    by = dataclasses.replace(tiny_recipe().rollout, group=2 * G, lanes=lanes, rows=rows)
+    program = programs(mesh, dataclasses.replace(tiny_recipe(), rollout=by), optimizer)
     prompts, gold = place_rows(batch(2 * P), program.mesh)
     weights = program.gather(params(mesh))
-    got = program.rollout(weights, prompts, gold, jnp.int32(4), group=2 * G, greedy=False)
+    got, _ = program.rollout(weights, prompts, gold, 4, group=2 * G, greedy=False)
     assert len(got.tokens_PGR.sharding.device_set) == np.prod(mesh)
     return np.asarray(got.tokens_PGR)
 
@@ -165,3 +186,8 @@ def test_equal_parameters_give_equal_samples_on_every_mesh(mesh):
     tokens_PGR = on_mesh(mesh)
     assert (tokens_PGR > 0).sum() > 3000
     np.testing.assert_array_equal(tokens_PGR, on_mesh(ONE))
+
+
+def test_lanes_and_rows_on_a_mesh_give_the_same_samples():
+    """Every shard has its own queue of prompts."""
+    np.testing.assert_array_equal(on_mesh(MESHES[1], lanes=3, rows=P), on_mesh(ONE))

@@ -63,7 +63,7 @@ def recipe(embedder: Path) -> Recipe:
     """
     tiny = tiny_recipe()
     grpo = replace(tiny.grpo, steps=6, checkpoint_every=2, validate_every=3, keep_checkpoints=2)
-    rollout = replace(tiny.rollout, constrained=True, packed_tokens=())
+    rollout = replace(tiny.rollout, constrained=True, packed_step=0.0)
     sft = replace(tiny.sft, steps=3)
     reward = replace(tiny.reward, variant="published", embedder=str(embedder))
     return validate(replace(tiny, name="drill", devices=2, mesh=MeshConfig(1, 2, 1), rollout=rollout, reward=reward, sft=sft, grpo=grpo))

@@ -9,7 +9,7 @@ import pytest
 from tiny_recipe import G, P, R, materials, params, programs, setup, stopping, tiny_recipe
 
 from pgjax.data.schema import IMAGE, TEXT
-from pgjax.grpo.trainer import grpo_step
+from pgjax.grpo.trainer import grpo_step, load
 from pgjax.train.compilations import Compilations
 from pgjax.train.update import make_optimizer
 
@@ -44,7 +44,7 @@ def five_steps():
     recipe = tiny_recipe()
     optimizer = make_optimizer(recipe.grpo.optimizer, 100)
     run = programs(MESH, recipe, optimizer, stopping(4))
-    judge, width, widths = run.judge, run.packed_width, []
+    judge, choose, widths = run.judge, run.choose, []
 
     def rewarded(rollout, gold, bank):
         """The real judge, its reward replaced by something that differs between the answers."""
@@ -52,18 +52,20 @@ def five_steps():
         assert (np.asarray(judged.reward_PG) == 0).all()  # nothing parses
         return judged.replace(reward_PG=jax.device_put((np.asarray(rollout.length_PG) % 5).astype(np.float32), judged.reward_PG.sharding))
 
-    def wide_in_turn(rollout):
-        widths.append(max(width(rollout), WIDTHS[len(widths) % 2]))
-        return widths[-1]
+    def wide_in_turn(*args):
+        choice, width = choose(*args)
+        widths.append(max(width, WIDTHS[len(widths) % 2]))
+        return choice, widths[-1]
 
-    run.judge, run.packed_width = rewarded, wide_in_turn
+    run.judge, run.choose = rewarded, wide_in_turn
     rows = dataclasses.replace(materials(), train=Rows(materials().train))
     reference, state = setup(MESH).reference(params(MESH)), setup(MESH).state(params(MESH), optimizer)
     first, compilations = jax.tree.map(np.asarray, (state.params, reference)), Compilations()
     first = jax.tree.map(np.copy, first)
-    log, compiled = [], []
+    log, compiled, phases = [], [], []
     for step in range(5):
-        state, metrics = grpo_step(run, rows, recipe, state, reference, step)
+        loaded = load(rows, recipe, run.mesh, step)
+        state, metrics = grpo_step(run, rows.bank, recipe, state, reference, step, loaded, lambda phase, outputs: phases.append(phase))
         log.append({name: float(value) for name, value in metrics.items()})
         compiled.append(compilations.take())
     return first, jax.tree.map(np.asarray, (state.params, reference)), log, compiled, widths, rows.train.kinds, state

@@ -18,7 +18,7 @@ DRAWS = 20_000
 def drawn(logp_V, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
     """Counts of tokens over many draws."""
     keys = laws.answer_keys(jax.random.key(0), 0, jnp.zeros(1, jnp.uint32), DRAWS)
-    tokens = laws.sample(jnp.broadcast_to(logp_V, (1, DRAWS, len(logp_V))), keys, jnp.int32(0), False, top_k, top_p)
+    tokens = laws.sample(jnp.broadcast_to(logp_V, (1, DRAWS, len(logp_V))), keys, jnp.zeros((1, DRAWS), jnp.int32), False, top_k, top_p)
     return np.bincount(np.asarray(tokens).ravel(), minlength=len(logp_V))
 
 
@@ -104,7 +104,7 @@ def test_constrained_walks_end_in_an_allowed_verdict():
             state, ended = carry
             logits = 3 * jax.random.normal(jax.random.fold_in(jax.random.key(9), offset), (3, samples, len(blocked_V)))
             logp = laws.log_probs(law, logits, state, offset)
-            token = laws.sample(logp, keys, offset, False, 0, 1.0)
+            token = laws.sample(logp, keys, jnp.broadcast_to(offset, state.shape), False, 0, 1.0)
             sane = (logp > -1e29).any(-1) & (jnp.abs(jnp.exp(logp).sum(-1) - 1) < 1e-3)
             after = jnp.where(ended, state, answers.step(automaton, state, token))
             return (after, ended | automaton.stop_V[token]), sane | ended

@@ -12,7 +12,7 @@ from golden.make_qwen import CASES
 from tiny_qwen import QUICK, build, golden, inputs
 
 from pgjax.models import qwen2_5_vl, qwen3_vl
-from pgjax.models.attention import Row
+from pgjax.models.attention import Segments
 from pgjax.models.qwen_vl import QwenVL
 from pgjax.models.text import AnswerCache, DecoderLayer, Lanes
 
@@ -133,22 +133,25 @@ def pack(lengths, Q: int):
     return sample, offset
 
 
-def forward(model, params, visual, prompts, tokens_PQ, sample_PQ, offset_PQ, block):
+def forward(model, params, visual, prompts, tokens_PQ, sample_PQ, offset_PQ):
     """Hidden states [P, T + Q, D] of prompts with packed answers."""
     apply = functools.partial(model.apply, {"params": params})
     x = apply(prompts["tokens"], prompts["visual"], visual, method="embed")
     x = jnp.concatenate([x, apply(tokens_PQ, method="embed")], axis=1)
     start = (prompts["length"] + prompts["delta"])[:, None, None]
     answer = jnp.broadcast_to(start + offset_PQ[..., None], (*offset_PQ.shape, 3))
-    row = Row(prompts["length"], sample_PQ, prompts["tokens"].shape[1], block)
+    T = prompts["tokens"].shape[1]
+    prompt, order = Segments.prompts(prompts["length"], T), jnp.where(sample_PQ >= 0, T + offset_PQ, 0)
+    joined = (jnp.where(sample_PQ >= 0, 0, -1), sample_PQ, order)
+    row = Segments(*(jnp.concatenate([x, y], axis=1) for x, y in zip((prompt.group, prompt.sample, prompt.order), joined, strict=True)))
     return apply(x, jnp.concatenate([prompts["position"], answer], axis=1), row, prompts["visual"], visual, method="rows")
 
 
-def loss(weights, model, prompts, tokens, sample, offset, weight, block):
+def loss(weights, model, prompts, tokens, sample, offset, weight):
     """Weighted sum of the answers' logprobs; the first token's comes from the prompt's last hidden state."""
     params, visual = weights
     T = prompts["tokens"].shape[1]
-    hidden = forward(model, params, visual, prompts, tokens, sample, offset, block)
+    hidden = forward(model, params, visual, prompts, tokens, sample, offset)
     before = jnp.where(offset == 0, prompts["length"][:, None] - 1, T + jnp.arange(tokens.shape[1]) - 1)
     logits = model.apply({"params": params}, jnp.take_along_axis(hidden, before[..., None], axis=1), method="logits")
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
@@ -159,12 +162,12 @@ def test_packed_groups_equal_repeated_prompts(tiny):
     """Per-token logprobs, hidden states, and the gradients of decoder and visual tokens; the repeated model rematerialises
     its layers and the packed one does not, so that this is compared as well."""
     model, params, visual, prompts, answers = tiny
-    run = jit(jax.value_and_grad(loss, has_aux=True), static_argnames=("model", "block"))
+    run = jit(jax.value_and_grad(loss, has_aux=True), static_argnames="model")
     sample, offset = pack(answers["length"], 12)
     used = sample >= 0
     place = lambda x: np.where(used, x[np.arange(P)[:, None], np.maximum(sample, 0), offset], 0)  # noqa: E731
     packed = place(answers["tokens"]), sample, offset, place(answers["weight"])
-    (_, (logp, hidden)), (grads, visual_grad) = run((params, visual), model, prompts, *packed, block=R)
+    (_, (logp, hidden)), (grads, visual_grad) = run((params, visual), model, prompts, *packed)
 
     repeat = lambda x: np.repeat(x, G, axis=0)  # noqa: E731
     flat = {k: v.reshape(P * G, -1) for k, v in answers.items()}
@@ -173,7 +176,7 @@ def test_packed_groups_equal_repeated_prompts(tiny):
     again = QwenVL(dataclasses.replace(model.config, remat=True))
     alone = flat["tokens"], sample_1, offset_1, flat["weight"]
     (_, (logp_1, hidden_1)), (grads_1, visual_grad_1) = run(
-        (params, jax.tree.map(repeat, visual)), again, {k: repeat(v) for k, v in prompts.items()}, *alone, block=R
+        (params, jax.tree.map(repeat, visual)), again, {k: repeat(v) for k, v in prompts.items()}, *alone
     )
     at = (np.nonzero(used)[0] * G + sample[used], offset[used])
     np.testing.assert_allclose(np.asarray(logp)[used], np.asarray(logp_1)[at], atol=1e-5)
@@ -193,14 +196,15 @@ def test_decoding_equals_the_row_pass(tiny):
     def decode(params, visual, prompts, tokens_PGR):
         apply = functools.partial(model.apply, {"params": params})
         x = apply(prompts["tokens"], prompts["visual"], visual, method="embed")
-        row = Row(prompts["length"], jnp.zeros((P, 0), jnp.int32), T, 1)
+        row = Segments.prompts(prompts["length"], T)
         hidden, cache = apply(x, prompts["position"], row, prompts["visual"], visual, True, method="rows")
         empty = jnp.zeros((c.layers, P, G, R, c.kv_heads, c.head_dim))
 
         def step(answer, offset):
             position = jnp.broadcast_to((prompts["length"] + prompts["delta"])[:, None, None] + offset, (P, G, 3))
             x = apply(jax.lax.dynamic_index_in_dim(tokens_PGR, offset, axis=2, keepdims=False), method="embed")
-            hidden, answer = apply(x, position, Lanes(prompts["length"], offset), cache, answer, method="lanes")
+            lanes = Lanes(offset, jnp.arange(T) < prompts["length"][:, None], jnp.broadcast_to(jnp.arange(R) <= offset, (P, G, R)))
+            hidden, answer = apply(x, position, lanes, cache, answer, method="lanes")
             return answer, hidden
 
         _, hidden_RPGD = jax.lax.scan(step, AnswerCache(empty, empty), jnp.arange(R))
@@ -208,7 +212,7 @@ def test_decoding_equals_the_row_pass(tiny):
 
     prompt_hidden, hidden = decode(params, visual, prompts, answers["tokens"])
     sample, offset = pack(np.full((P, G), R), G * R)
-    rows = jit(lambda *args: forward(model, *args, R))(params, visual, prompts, answers["tokens"].reshape(P, -1), sample, offset)
+    rows = jit(lambda *args: forward(model, *args))(params, visual, prompts, answers["tokens"].reshape(P, -1), sample, offset)
     np.testing.assert_allclose(hidden.reshape(P, G * R, -1), rows[:, T:], atol=1e-5)
     real = np.arange(T) < prompts["length"][:, None]
     np.testing.assert_allclose(np.asarray(prompt_hidden)[real], np.asarray(rows[:, :T])[real], atol=1e-5)
@@ -225,7 +229,7 @@ def test_answers_continue_as_if_written_into_the_prompt(tiny):
         longer["position"][p, at] = (prompts["position"][p, :length].max() + 1 + np.arange(n))[:, None]
     longer["length"] += n
     sample, offset = pack(np.full((P, 1), n), n)
-    run = jit(lambda *args: forward(model, *args, n))
+    run = jit(lambda *args: forward(model, *args))
     ours = run(params, visual, prompts, answer, sample, offset)[:, T:]
     theirs = np.asarray(run(params, visual, longer, answer, sample - 1, offset))  # no answers, one longer prompt
     theirs = np.stack([theirs[p, length : length + n] for p, length in enumerate(prompts["length"])])

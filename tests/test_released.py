@@ -65,7 +65,7 @@ def test_recipes_of_released_models(name, model):
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
     patches = jax.ShapeDtypeStruct((P, I, patch_values(recipe.model)), jnp.float32)
     batch = PromptBatch(ints(P, T), ints(P), ints(P, T, 3), ints(P), ints(P, T), patches, ints(P, I, 2), ints(P, I, 2), ints(P, I), ints(P))
-    packed = Packed(ints(P, G * R), ints(P, G * R), ints(P, G * R), ints(P, G * R), R)
+    packed = Packed(ints(P, G * R), ints(P, G * R), ints(P, G * R), ints(P, G * R), G)
     law = Law(jax.ShapeDtypeStruct((recipe.model.text.vocab,), bool), None, None, R)
     net, params = QwenVL(recipe.model), abstract(model)
     logp, entropy = jax.eval_shape(lambda *args: score(net, *args), params, batch, packed, law)

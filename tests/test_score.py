@@ -13,8 +13,7 @@ from tiny_qwen import QUICK
 from tiny_recipe import G, P, R, batch, host_params, materials, setup
 
 from pgjax.generate.law import Law
-from pgjax.generate.score import Packed, pack, packed_width, per_answer, score
-from pgjax.grpo.programs import pack_values
+from pgjax.generate.score import Packed, balanced, pack, pack_values, packed_width, per_answer, score
 from pgjax.tokenizer import never_sampled
 
 MODEL = setup().model
@@ -41,19 +40,47 @@ def test_pack_round_trip(length_PG, wider):
         assert all(slot == (0, -1, 0) for slot in got[used:])
         assert (packed.state_PQ[row, :used] == packed.tokens_PQ[row, :used] + 1000).all() and (packed.state_PQ[row, used:] == 0).all()
     inside = np.arange(r) < length_PG[..., None]
-    assert packed.block == r and packed.mask_PQ.sum() == inside.sum()
+    assert packed.group == g and packed.mask_PQ.sum() == inside.sum()
     value_PQ = np.asarray(pack_values(jnp.asarray(tokens_PGR, jnp.float32), packed))
     np.testing.assert_array_equal(value_PQ, packed.tokens_PQ)
     np.testing.assert_allclose(per_answer(value_PQ, packed, g), (tokens_PGR * inside).sum(-1))
 
 
+@settings(max_examples=30, deadline=None)
+@given(lengths, st.sampled_from([1, 3]))
+def test_rows_of_several_prompts_are_those_of_one_joined(length_PG, prompts):
+    """Answers are numbered through, and no slot is left between two prompts."""
+    tokens_PGR = np.arange(1, 1 + p * g * r, dtype=np.int32).reshape(p, g, r)
+    args = jnp.asarray(tokens_PGR), jnp.zeros((p, g, r), jnp.int32), jnp.asarray(length_PG)
+    packed = pack(*args, p * g * r, prompts)
+    assert packed.tokens_PQ.shape == (p // prompts, p * g * r)
+    inside = np.arange(r) < length_PG[..., None]
+    for row, of in enumerate(np.split(np.arange(p), p // prompts)):
+        used = inside[of].sum()
+        np.testing.assert_array_equal(packed.tokens_PQ[row, :used], tokens_PGR[of][inside[of]])
+        np.testing.assert_array_equal(packed.prompt_PQ[row, :used], np.repeat(np.arange(prompts), length_PG[of].sum(1)))
+        assert (packed.sample_PQ[row, used:] == -1).all()
+    value_PQ = pack_values(jnp.asarray(tokens_PGR, jnp.float32), packed)
+    np.testing.assert_allclose(per_answer(value_PQ, packed, prompts * g).reshape(p, g), (tokens_PGR * inside).sum(-1))
+
+
 @pytest.mark.parametrize(
-    ("longest", "buckets", "width"),
-    [(0, (), 512), (512, (), 512), (1, (100, 300), 128), (128, (100, 300), 128), (129, (100, 300), 320), (321, (100, 300), 512)],
+    ("longest", "step", "width"),
+    [(0, 0.0, 512), (512, 0.9, 512), (461, 0.9, 512), (456, 0.9, 456), (400, 0.9, 408), (1, 0.5, 8), (129, 0.5, 256), (1, 0.99, 8)],
 )
-def test_packed_width_is_the_smallest_bucket(longest, buckets, width):
-    """Buckets are rounded up to answers of 32 tokens; 16 whole answers always fit."""
-    assert packed_width(longest, 32, buckets, 16) == width
+def test_packed_width_is_the_smallest_of_the_series_that_holds_the_longest(longest, step, width):
+    """Multiples of 8, at least 8."""
+    assert packed_width(longest, 512, step) == width
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(0, 2**16))
+def test_balanced_rows_hold_every_prompt_once_and_differ_little(prompts, rows, seed):
+    tokens_P = np.random.default_rng(seed).integers(0, 1000, prompts * rows)
+    order_P = np.asarray(balanced(jnp.asarray(tokens_P), prompts))
+    assert sorted(order_P) == list(range(prompts * rows))
+    sums = tokens_P[order_P].reshape(rows, prompts).sum(1)
+    assert sums.max() - sums.min() <= np.ptp(tokens_P)  # what one prompt can differ from another
 
 
 # --- scoring ------------------------------------------------------------------------------------------------------------------

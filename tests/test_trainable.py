@@ -18,7 +18,7 @@ from pgjax.config import MeshConfig, Recipe
 from pgjax.generate.decode import Rollout
 from pgjax.grpo import trainer
 from pgjax.grpo.programs import Experience
-from pgjax.grpo.trainer import grpo_step, train
+from pgjax.grpo.trainer import grpo_step, load, train
 from pgjax.models.qwen_vl import QwenVL
 from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.serving import guard
@@ -75,7 +75,7 @@ def two_steps(mode: str):
     run.encode, run.score = lambda *args: calls.append(1) or encode(*args), recorded
     with mock.patch.object(QwenVL, "encode", lambda self, *args: towers.append(1) or tower(self, *args)):
         for step in range(2):
-            state, numbers = grpo_step(run, materials(), made, state, reference, step)
+            state, numbers = grpo_step(run, materials().bank, made, state, reference, step, load(materials(), made, run.mesh, step), lambda *_: None)
             metrics.append({name: float(value) for name, value in numbers.items()})
     return run, state, reference, before, metrics, copied(scored), (len(towers), len(calls))
 

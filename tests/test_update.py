@@ -10,9 +10,10 @@ import optax
 import pytest
 from tiny_recipe import MESHES, ONE, G, P, R, batch, params, programs, setup, tiny_recipe
 
-from pgjax import automaton as answers
 from pgjax.config import LossConfig, OptimizerConfig
 from pgjax.generate.decode import Rollout
+from pgjax.generate.lanes import Slots
+from pgjax.generate.score import pack_values
 from pgjax.grpo.programs import Experience, Judged
 from pgjax.parallel.mesh import place_rows
 from pgjax.train.update import TrainState, make_optimizer, split_rows, update
@@ -24,7 +25,9 @@ LOSS = LossConfig(kl_coef=0.05, kl_in_reward=0.01, agg_eps=0.0)
 
 def recipe(micro: int = P):
     tiny = tiny_recipe()
-    return dataclasses.replace(tiny, grpo=dataclasses.replace(tiny.grpo, prompts=2 * P, mini_prompts=P, micro_prompts=micro, loss=LOSS))
+    return dataclasses.replace(
+        tiny, grpo=dataclasses.replace(tiny.grpo, prompts=2 * P, mini_prompts=P, micro_prompts=micro, shares=P, loss=LOSS)
+    )
 
 
 @functools.cache
@@ -40,25 +43,38 @@ def material(change: bool = False):
     length_PG = rng.integers(1, R + 1, (2 * P, G)).astype(np.int32)
     length_PG[1, 0] = 0
     advantage_PG = rng.normal(size=(2 * P, G)).astype(np.float32)
-    noise_PQ = rng.normal(0, 0.3, (2 * P, G * R)).astype(np.float32)
+    noise_PGR = rng.normal(0, 0.3, (2 * P, G, R)).astype(np.float32)
     if change:
         at = [0, 3, 5]
-        tokens_PGR[at], length_PG[at], advantage_PG[at], noise_PQ[at] = 17, R, 1e6, 40.0
+        tokens_PGR[at], advantage_PG[at], noise_PGR[at] = 17, 1e6, 40.0
         prompts = prompts.replace(tokens_PT=prompts.tokens_PT.copy(), length_P=prompts.length_P.copy())
         prompts.tokens_PT[at], prompts.length_P[at] = 5, 0
     zeros = np.zeros((2 * P, G, R), np.float32)
     rollout = Rollout(tokens_PGR, zeros, zeros.astype(np.int32), length_PG, np.zeros((2 * P, G), np.int32))
-    return prompts, gold, rollout, advantage_PG, noise_PQ
+    return prompts, gold, rollout, advantage_PG, noise_PGR
 
 
-def experience(run, weights, mesh=ONE, weight_P=None, change: bool = False) -> Experience:
-    """Logprobs by the scoring program, the rest given."""
-    prompts, gold, rollout, advantage_PG, noise_PQ = place_rows(material(change), run.mesh)
-    packed = run.pack(rollout, G * R)
-    old_PQ = run.score(weights, prompts, packed, gold)
-    weight_P = np.ones(2 * P, np.float32) if weight_P is None else weight_P
-    outcome_PJ, weight_P = place_rows((answers.outcome_mask(None, np.asarray(gold.node_of_id_PK)), weight_P), run.mesh)
-    return Experience(prompts, packed, outcome_PJ, old_PQ, old_PQ + noise_PQ * packed.mask_PQ, advantage_PG, weight_P)
+def experience(run, weights, mesh=ONE, weight_P=None, change: bool = False) -> tuple[Experience, np.ndarray]:
+    """Logprobs by the scoring program, the rest given; also those logprobs by prompt, [P, G, R]."""
+    numbers = material(change)
+    prompts, gold, rollout = place_rows(numbers[:3], run.mesh)
+    choice, width = run.choose(rollout, None, gold)
+    rows = run.arrange(rollout, prompts, gold, choice, width=width)
+    old_PQ = run.score(weights, rows)
+    packed, index_K = jax.tree.map(np.asarray, rows.packed), np.asarray(choice.index_K)
+    shards = mesh[0] * mesh[1]
+    index_K = index_K + np.repeat(np.arange(shards) * (2 * P // shards), len(index_K) // shards)  # in the whole batch
+    advantage_KG, noise_KGR = (x[index_K] for x in numbers[3:])
+    weight_K = (np.ones(2 * P, np.float32) if weight_P is None else weight_P)[index_K]
+    lines = len(packed.tokens_PQ)
+    mask_PQ = packed.mask_PQ * np.take_along_axis(weight_K.reshape(lines, -1), packed.prompt_PQ, axis=1)
+    noise_PQ = pack_values(noise_KGR, packed)
+    given = place_rows((np.asarray(old_PQ + noise_PQ), advantage_KG.reshape(lines, -1), np.asarray(mask_PQ)), run.mesh)
+    by_prompt = np.zeros((2 * P, G, R), np.float32)
+    row, slot = np.nonzero(packed.sample_PQ >= 0)
+    prompt, sample = np.divmod(packed.sample_PQ[row, slot], G)
+    by_prompt[index_K.reshape(lines, -1)[row, prompt], sample, packed.offset_PQ[row, slot]] = np.asarray(old_PQ)[row, slot]
+    return Experience(rows, old_PQ, old_PQ, *given), by_prompt
 
 
 @functools.cache
@@ -67,14 +83,14 @@ def two_updates(mesh=ONE, micro: int = P, weight: bool = False, change: bool = F
     run = program(mesh, micro)
     reference, state = setup(mesh).reference(params(mesh)), setup(mesh).state(params(mesh), SGD)
     weight_P = np.isin(np.arange(2 * P), [0, 3, 5], invert=True).astype(np.float32) if weight else None
-    given = experience(run, state.params, mesh, weight_P, change)
+    given, old_PGR = experience(run, state.params, mesh, weight_P, change)
     after, metrics = [], []
     for index in range(2):
         state, numbers = run.update(state, reference, given, jnp.int32(index))
         after.append(jax.tree.map(np.array, state.params))
         metrics.append({name: float(value) for name, value in numbers.items()})
     assert int(state.updates) == 2
-    return np.array(given.old_PQ), after, metrics
+    return old_PGR, after, metrics
 
 
 def close(ours, theirs, tolerance: float):
@@ -134,14 +150,20 @@ def test_rows_of_weight_zero_count_nowhere():
     stats = []
     for change in (False, True):
         run = program()
-        prompts, gold, rollout, reward_PG, noise_PQ = material(change)
+        prompts, gold, rollout, reward_PG, noise_PGR = material(change)
         gold = gold.replace(weight_P=np.isin(np.arange(2 * P), [0, 3, 5], invert=True).astype(np.float32))
-        prompts, gold, rollout, reward_PG, noise_PQ = place_rows((prompts, gold, rollout, reward_PG, noise_PQ), run.mesh)
-        packed = run.pack(rollout, G * R)
+        prompts, gold, rollout, reward_PG, noise_PGR = place_rows((prompts, gold, rollout, reward_PG, noise_PGR), run.mesh)
+        choice, width = run.choose(rollout, None, gold)
+        rows = run.arrange(rollout, prompts, gold, choice, width=width)
         judged = Judged(None, reward_PG, {"format": reward_PG}, None, None)
-        made, numbers = run.experience(rollout, judged, prompts, gold, packed, noise_PQ * packed.mask_PQ, 0 * noise_PQ)
-        assert (np.asarray(made.advantage_PG)[[0, 3, 5]] == 0).all() and made.mask_PQ[0].sum() == 0
-        stats.append((np.asarray(made.advantage_PG), {k: float(v) for k, v in numbers.items() if k != "rollout/slot_waste"}))
+        noise_PQ = pack_values(noise_KGR := noise_PGR[choice.index_K], rows.packed)
+        made, numbers = run.experience(rollout, judged, prompts, gold, choice, rows, noise_PQ, 0 * noise_PQ, Slots.none())
+        weightless = np.isin(np.asarray(choice.index_K), [0, 3, 5])
+        advantage_KG = np.asarray(made.advantage_PG).reshape(len(noise_KGR), G)
+        assert (advantage_KG[weightless] == 0).all() and (advantage_KG[~weightless] != 0).any()
+        kept = rollout.length_PG[~np.isin(np.arange(2 * P), [0, 3, 5])].sum()
+        assert made.mask_PQ.sum() == kept
+        stats.append((advantage_KG, {k: float(v) for k, v in numbers.items() if "prompt" not in k}))
     np.testing.assert_array_equal(stats[0][0], stats[1][0])
     assert stats[0][1] == stats[1][1] and stats[0][1]["critic/group_std"] > 0.1
 

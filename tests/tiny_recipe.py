@@ -52,7 +52,7 @@ def tiny_recipe() -> Recipe:
             toy.data, prompt_tokens=152, train_examples=96, eval_examples=24, ood=OODConfig(share=0.3, keep=(1, 2), never_seen=("C5", "C6"))
         ),
         answer=AnswerConfig(max_tokens=R),
-        rollout=RolloutConfig(group=G, packed_tokens=(2 * R, 3 * R, G * R)),
+        rollout=RolloutConfig(group=G),
         sft=SFTConfig(steps=2, prompts=P, answers=2),
         grpo=GRPOConfig(
             steps=3,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
@@ -42,7 +41,7 @@ def answer(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int
     for k in range(pipeline.batches(prompts)):
         batch = pipeline.batch(k, prompts)
         prompt, gold = place_rows((batch.prompt, batch.gold), programs.mesh)
-        rollout = programs.rollout(weights, prompt, gold, jnp.int32(0), group=1, greedy=True)
+        rollout, _ = programs.rollout(weights, prompt, gold, group=1, greedy=True)
         judged = programs.judge(rollout, gold, bank)
         similarity_P = mean_similarity(local_rows(judged.similarity_PGS)[:, 0], local_rows(judged.valid_PS))
         verdict, reward_P, terms = jax.tree.map(lambda x: local_rows(x)[:, 0], (judged.verdict, judged.reward_PG, judged.terms))

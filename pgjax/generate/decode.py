@@ -7,12 +7,13 @@ from flax import struct
 from pgjax import automaton as answers
 from pgjax.data.schema import PromptBatch
 from pgjax.generate import law as laws
+from pgjax.generate.lanes import Schedule, Slots, advance, empty, take_answers, take_prompts
 from pgjax.generate.law import Law
-from pgjax.models.attention import Row
+from pgjax.models.attention import Segments
 from pgjax.models.qwen_vl import QwenVL
 from pgjax.models.text import AnswerCache, Lanes, PromptCache
 from pgjax.models.vision import Visual
-from pgjax.parallel.mesh import constrain
+from pgjax.parallel.mesh import batch_shards, constrain, take_rows
 
 
 @struct.dataclass
@@ -39,13 +40,24 @@ def encode(model: QwenVL, params, batch: PromptBatch) -> Visual:
 
 def prefill(model: QwenVL, params, batch: PromptBatch, visual: Visual) -> Prefill:
     """Prompt caches [L, P, T, K, C] and the hidden state of each prompt's last token."""
-    P, T = batch.tokens_PT.shape
     apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
     x = apply(batch.tokens_PT, batch.visual_PT, visual, method="embed")
-    row = Row(batch.length_P, jnp.zeros((P, 0), jnp.int32), T, 1)
+    row = Segments.prompts(batch.length_P, batch.tokens_PT.shape[1])
     hidden, prompt = apply(x, batch.position_PTX, row, batch.visual_PT, visual, True, method="rows")
     last = jnp.take_along_axis(hidden, jnp.maximum(batch.length_P - 1, 0)[:, None, None], axis=1)[:, 0]
-    return Prefill(prompt, last)
+    return Prefill(jax.tree.map(lambda x: constrain(x, "layers", "batch", None, "kv_heads", None), prompt), last)
+
+
+@struct.dataclass
+class Held:
+    """What decoding needs of the prompts that rows hold; leaves have leading axis N."""
+
+    last_D: jax.Array  # hidden state of the prompt's last token
+    position: jax.Array  # of the first answer token: it follows the prompt's M-RoPE
+    sees_prompt_T: jax.Array  # bool
+    start: jax.Array  # automaton state
+    key_G: jax.Array
+    outcome_J: jax.Array | None
 
 
 def decode(
@@ -59,54 +71,85 @@ def decode(
     step: jax.Array,
     *,
     group: int,
+    lanes: int = 0,
+    rows: int = 0,
     greedy: bool = False,
     top_k: int = 0,
     top_p: float = 1.0,
-) -> Rollout:
-    """G answers per prompt through G lanes, until all have stopped or reached `law.limit` tokens.
+) -> tuple[Rollout, Slots]:
+    """G answers per prompt, each until it stops or has `law.limit` tokens, through `lanes` lanes (0: G) of `rows` rows (0: P; on a
+    mesh a multiple of the devices that share the batch): generate/lanes.py. What is sampled depends on neither, but for rounding.
 
-    Lane state is per lane, so that a lane may later hold one answer after another; here each holds one.
+    All lanes write to one slot of their rings, which goes round: no answer is longer than a ring, so none overwrites itself.
     """
-    (P, _), G, R, text = batch.tokens_PT.shape, group, law.limit, model.config.text
-    key_PG = laws.answer_keys(key, step, batch.id_P, G)
+    (P, T), G, R, text = batch.tokens_PT.shape, group, law.limit, model.config.text
+    N, S, W = rows or P, min(lanes or G, G), batch_shards(P)
     automaton, dtype = law.automaton, start.prompt.k_LPTKC.dtype
-    lanes_like = jnp.zeros((text.layers, P, G, R, text.kv_heads, text.head_dim), dtype)
-    lanes_like = constrain(lanes_like, "layers", "batch", None, None, "kv_heads", None)
-    rollout = Rollout(
-        tokens_PGR=jnp.zeros((P, G, R), jnp.int32),
-        logp_PGR=jnp.zeros((P, G, R), jnp.float32),
-        state_PGR=jnp.zeros((P, G, R), jnp.int32),
-        length_PG=jnp.zeros((P, G), jnp.int32),
-        final_PG=jnp.broadcast_to(automaton.start_M[modality_P][:, None], (P, G)).astype(jnp.int32),
+    prompts = Held(
+        start.hidden_PD,
+        batch.length_P + batch.delta_P,
+        jnp.arange(T) < batch.length_P[:, None],
+        automaton.start_M[modality_P].astype(jnp.int32),
+        laws.answer_keys(key, step, batch.id_P, G),
+        law.outcome_PJ if law.constrained else None,
     )
-    hidden_PGD = jnp.broadcast_to(start.hidden_PD[:, None], (P, G, text.width))
+    apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
 
-    def running(carry):
-        _, _, _, done_PG, offset = carry
-        return (offset < R) & ~done_PG.all()
+    def hold(schedule: Schedule) -> tuple[Held, PromptCache]:
+        if N == P:  # every row keeps its own prompt
+            return prompts, start.prompt
+        take = lambda axis: lambda x: take_rows(x, schedule.prompt_N, W, axis)  # noqa: E731
+        return jax.tree.map(take(0), prompts), jax.tree.map(take(1), start.prompt)
 
-    def one_token(carry):
-        rollout, hidden_PGD, cache, done_PG, offset = carry
-        logits = model.apply({"params": params}, hidden_PGD, method="logits")
-        logp_PGV = laws.log_probs(law, logits, rollout.final_PG, offset)
-        token_PG = jnp.where(done_PG, 0, laws.sample(logp_PGV, key_PG, offset, greedy, top_k, top_p)).astype(jnp.int32)
-        logp_PG = jnp.where(done_PG, 0.0, jnp.take_along_axis(logp_PGV, token_PG[..., None], axis=-1)[..., 0])
-        write = lambda x, value: jax.lax.dynamic_update_index_in_dim(x, value, offset, axis=2)  # noqa: E731
-        rollout = Rollout(
-            tokens_PGR=write(rollout.tokens_PGR, token_PG),
-            logp_PGR=write(rollout.logp_PGR, logp_PG),
-            state_PGR=write(rollout.state_PGR, rollout.final_PG),
-            length_PG=rollout.length_PG + ~done_PG,
-            final_PG=jnp.where(done_PG, rollout.final_PG, answers.step(automaton, rollout.final_PG, token_PG)).astype(jnp.int32),
-        )
-        done_PG = done_PG | automaton.stop_V[token_PG]
-        # The position follows the prompt's M-RoPE, the cache slot is the offset: the two are not the same.
-        position_PG = jnp.broadcast_to((batch.length_P + batch.delta_P + offset)[:, None], (P, G))
-        x_PGD = model.apply({"params": params}, token_PG, method="embed")
-        position_PGX = jnp.broadcast_to(position_PG[..., None], (P, G, 3))
-        lanes = Lanes(batch.length_P, offset)
-        hidden_PGD, cache = model.apply({"params": params}, x_PGD, position_PGX, lanes, start.prompt, cache, method="lanes")
-        return rollout, hidden_PGD, cache, done_PG, offset + 1
+    def begin(schedule: Schedule, held: Held, state_NS, hidden_NSD):
+        """Free lanes begin answers."""
+        schedule, fresh_NS = take_answers(schedule)
+        hidden_NSD = jnp.where(fresh_NS[..., None], held.last_D[:, None], hidden_NSD)
+        return schedule, jnp.where(fresh_NS, held.start[:, None], state_NS), hidden_NSD
 
-    carry = (rollout, hidden_PGD, AnswerCache(lanes_like, lanes_like), jnp.zeros((P, G), bool), jnp.int32(0))
-    return jax.lax.while_loop(running, one_token, carry)[0]
+    def one_token(held: Held, cache: PromptCache, carry):
+        schedule, state_NS, hidden_NSD, own, written, slots, time = carry
+        slots = slots.count(schedule)
+        own_law = law.replace(outcome_PJ=held.outcome_J) if law.constrained else law
+        logp_NSV = laws.log_probs(own_law, apply(hidden_NSD, method="logits"), state_NS, schedule.offset_NS)
+        key_NS = jax.vmap(lambda key_G, sample_S: key_G[sample_S])(held.key_G, schedule.sample_NS)
+        token_NS = laws.sample(logp_NSV, key_NS, schedule.offset_NS, greedy, top_k, top_p).astype(jnp.int32)
+        logp_NS = jnp.take_along_axis(logp_NSV, token_NS[..., None], axis=-1)[..., 0]
+        # Each token to its place among its prompt's answers; idle lanes write past the end, which is dropped.
+        place_NS = (schedule.prompt_N[:, None] * G + schedule.sample_NS) * R + schedule.offset_NS
+        place_WB = jnp.where(schedule.busy_NS, place_NS, P // W * G * R).reshape(W, -1)
+        put = jax.vmap(lambda x, place, value: x.at[place].set(value, mode="drop"))
+        written = [put(x, place_WB, value.reshape(W, -1)) for x, value in zip(written, (token_NS, logp_NS, state_NS), strict=True)]
+
+        ended_NS = automaton.stop_V[token_NS] | (schedule.offset_NS + 1 >= R)
+        state_NS = answers.step(automaton, state_NS, token_NS).astype(jnp.int32)
+        # The position follows the prompt's M-RoPE, the cache slot is the step's: the two are not the same.
+        position_NSX = jnp.broadcast_to((held.position[:, None] + schedule.offset_NS)[..., None], (N, S, 3))
+        age_R = (time - jnp.arange(R)) % R
+        context = Lanes(time % R, held.sees_prompt_T, age_R <= schedule.offset_NS[..., None])
+        hidden_NSD, own = apply(apply(token_NS, method="embed"), position_NSX, context, cache, own, method="lanes")
+        schedule, state_NS, hidden_NSD = begin(advance(schedule, ended_NS), held, state_NS, hidden_NSD)
+        return schedule, state_NS, hidden_NSD, own, written, slots, time + 1
+
+    def until_refill(carry):
+        schedule, *rest = carry
+        schedule = take_prompts(schedule)
+        held, cache = hold(schedule)
+        carry = (*begin(schedule, held, *rest[:2]), *rest[2:])
+        running = lambda carry: carry[0].busy_NS.any() & ~carry[0].refill  # noqa: E731
+        return jax.lax.while_loop(running, lambda carry: one_token(held, cache, carry), carry)
+
+    ring = jnp.zeros((text.layers, N, S, R, text.kv_heads, text.head_dim), dtype)
+    ring = constrain(ring, "layers", "batch", None, None, "kv_heads", None)
+    answers_WB = [jnp.full((W, P // W * G * R), value) for value in (-1, 0.0, 0)]
+    schedule = empty(P, G, N, S, W)
+    hidden_NSD = jnp.zeros((N, S, text.width), start.hidden_PD.dtype)
+    carry = schedule, schedule.sample_NS, hidden_NSD, AnswerCache(ring, ring), answers_WB, Slots.none(), jnp.int32(0)
+    *_, answers_WB, slots, _ = jax.lax.while_loop(lambda carry: carry[0].busy_NS.any() | carry[0].refill, until_refill, carry)
+
+    tokens_PGR, logp_PGR, state_PGR = (x.reshape(P, G, R) for x in answers_WB)
+    length_PG = (tokens_PGR >= 0).sum(axis=-1, dtype=jnp.int32)
+    tokens_PGR = jnp.maximum(tokens_PGR, 0)
+    last = lambda x: jnp.take_along_axis(x, length_PG[..., None] - 1, axis=-1)[..., 0]  # noqa: E731
+    final_PG = answers.step(automaton, last(state_PGR), last(tokens_PGR)).astype(jnp.int32)
+    return Rollout(tokens_PGR, logp_PGR, state_PGR, length_PG, final_PG), slots

@@ -24,14 +24,15 @@ class Law:
     constrained: bool = struct.field(pytree_node=False, default=False)
 
 
-def log_probs(law: Law, logits_PSV: jax.Array, state_PS: jax.Array, offset: jax.Array) -> jax.Array:
+def log_probs(law: Law, logits_PSV: jax.Array, state_PS: jax.Array, offset: jax.Array, prompt_PS: jax.Array | int = 0) -> jax.Array:
     """Normalised float32 log-probabilities [P, S, V]. `state_PS` is the automaton's state before the token, `offset` (scalar
-    or [P, S]) the number of answer tokens before it. Removed tokens get about -1e30, never -inf."""
+    or [P, S]) the number of answer tokens before it, `prompt_PS` which of the row's prompts it answers (there may be more outcomes
+    than rows, in their order). Removed tokens get about -1e30, never -inf."""
     logits = logits_PSV.astype(jnp.float32) / law.temperature
     blocked = law.blocked_V
     if law.constrained:
-        remaining_PS = jnp.broadcast_to(law.limit - offset, state_PS.shape)
-        blocked = blocked | ~answers.allowed(law.automaton, state_PS, remaining_PS, law.outcome_PJ)
+        remaining_PS, prompt_PS = jnp.broadcast_to(law.limit - offset, state_PS.shape), jnp.broadcast_to(prompt_PS, state_PS.shape)
+        blocked = blocked | ~answers.allowed(law.automaton, state_PS, remaining_PS, law.outcome_PJ, prompt_PS)
     return jax.nn.log_softmax(jnp.where(blocked, BLOCKED, logits), axis=-1)
 
 
@@ -56,9 +57,9 @@ def _truncate(logp: jax.Array, top_k: int, top_p: float) -> jax.Array:
     return logp
 
 
-def sample(logp_PGV: jax.Array, key_PG: jax.Array, offset: jax.Array, greedy: bool, top_k: int, top_p: float) -> jax.Array:
+def sample(logp_PGV: jax.Array, key_PG: jax.Array, offset_PG: jax.Array, greedy: bool, top_k: int, top_p: float) -> jax.Array:
     """Token ids [P, G]: the likeliest, or a draw by Gumbel noise from the key folded with the offset."""
     if greedy:
         return jnp.argmax(logp_PGV, axis=-1)
-    draw = lambda k: jax.random.gumbel(jax.random.fold_in(k, offset), logp_PGV.shape[-1:])  # noqa: E731
-    return jnp.argmax(_truncate(logp_PGV, top_k, top_p) + jax.vmap(jax.vmap(draw))(key_PG), axis=-1)
+    draw = lambda key, offset: jax.random.gumbel(jax.random.fold_in(key, offset), logp_PGV.shape[-1:])  # noqa: E731
+    return jnp.argmax(_truncate(logp_PGV, top_k, top_p) + jax.vmap(jax.vmap(draw))(key_PG, offset_PG), axis=-1)

@@ -18,17 +18,18 @@ from pgjax.config import Recipe
 from pgjax.data.schema import Gold, PromptBatch
 from pgjax.generate.decode import Rollout, decode, encode, prefill
 from pgjax.generate.labels import answer_scorer
+from pgjax.generate.lanes import Slots
 from pgjax.generate.law import Law
-from pgjax.generate.score import Packed, pack, packed_width, per_answer, score
+from pgjax.generate.score import Packed, balanced, pack, pack_values, packed_width, per_answer, score
 from pgjax.grpo import losses
-from pgjax.grpo.advantages import advantages
+from pgjax.grpo.advantages import advantages, informative, overlong_penalty, select
 from pgjax.models.sentence_encoder import Embedder
 from pgjax.models.vision import Visual
-from pgjax.parallel.mesh import local_rows, place_rows, replicated, rows
+from pgjax.parallel.mesh import local_rows, place_rows, replicated, rows, take_rows
 from pgjax.rewards import reward
 from pgjax.tokenizer import answer_texts, never_sampled
 from pgjax.train.setup import Setup
-from pgjax.train.trainable import frozen_tower, merge
+from pgjax.train.trainable import merge
 from pgjax.train.update import TrainState, split_rows, update
 
 
@@ -44,21 +45,38 @@ class Judged:
 
 
 @struct.dataclass
-class Experience:
-    """What the update reads of a step; leaves have leading axis P. With `visual` the batch has no patches."""
+class Rows:
+    """Chosen prompts with their packed answers as scoring reads them: n prompts a row, leaves [rows, ...] and [rows, n, ...]."""
 
-    batch: PromptBatch
     packed: Packed
-    outcome_PJ: jax.Array
-    old_PQ: jax.Array  # logprobs of the policy that sampled, by the scoring program
-    ref_PQ: jax.Array  # logprobs of the reference
-    advantage_PG: jax.Array
-    weight_P: jax.Array
-    visual: Visual | None = None  # of a frozen tower
+    batch: PromptBatch  # [rows, n, ...]; without patches where `visual` is known
+    outcome: jax.Array  # bool [rows, n, J]
+    visual: Visual | None  # [rows, n, ...] of a frozen tower
 
-    @property
-    def mask_PQ(self) -> jax.Array:
-        return self.packed.mask_PQ * self.weight_P[:, None]
+    def prompts(self) -> "Rows":
+        """With the rows' prompts one after another, [rows * n, ...]."""
+        flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)  # noqa: E731
+        return self.replace(batch=flat(self.batch), outcome=flat(self.outcome), visual=flat(self.visual))
+
+
+@struct.dataclass
+class Experience:
+    """What the update reads of a step; leaves have leading axis rows, Q are packed slots."""
+
+    rows: Rows
+    old_PQ: jax.Array  # logprobs of the policy that sampled, by the scoring program
+    sampled_PQ: jax.Array  # the same as the sampler had them
+    ref_PQ: jax.Array  # logprobs of the reference
+    advantage_PG: jax.Array  # of each of the row's answers
+    mask_PQ: jax.Array  # tokens of prompts with weight
+
+
+class Choice(NamedTuple):
+    """Which prompts are trained on, and in which order they fill the rows; K prompts, by shard of the batch."""
+
+    index_K: jax.Array  # number in its shard
+    weight_K: jax.Array
+    longest: jax.Array  # tokens of the fullest row
 
 
 class Judge(NamedTuple):
@@ -108,9 +126,14 @@ class Programs:
 
             return call
 
-        def rollout(weights, batch: PromptBatch, gold: Gold, step, visual=None, *, group, greedy):
-            start = prefill(model, weights, batch, encode(model, weights, batch) if visual is None else visual)
-            cut = dict(top_k=recipe.rollout.top_k, top_p=recipe.rollout.top_p)
+        minis, micros = config.prompts // config.mini_prompts, config.mini_prompts // config.micro_prompts
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shares, per_row = config.shares or shards, config.micro_prompts // shards
+        answers_of_row = per_row * G
+
+        def decoded(weights, batch: PromptBatch, gold: Gold, start, step, *, group, greedy):
+            P, by = gold.modality_P.shape[0], recipe.rollout
+            cut = dict(top_k=by.top_k, top_p=by.top_p, lanes=by.lanes, rows=by.rows if by.rows < P else 0)
             return decode(model, weights, batch, gold.modality_P, start, law(outcome(gold)), key, step, group=group, greedy=greedy, **cut)
 
         def judged(rollout: Rollout, gold: Gold, names, mask, bank: Bank, encoder) -> Judged:
@@ -124,69 +147,122 @@ class Programs:
             )
             return Judged(verdict, reward_PG, terms, similarity_PGS, valid_PS)
 
-        def scored(params, batch, packed, gold: Gold, visual=None):
-            return score(model, params, batch, packed, law(outcome(gold)), visual, entropy=False)[0]
+        def chosen(length_PG, informative_P) -> Choice:
+            """Each share of the batch deals its prompts out to the mini-batches, each mini-batch on a shard its own to rows, so that all
+            have about as many tokens. Mini-batches are then the same on every mesh that divides the shares."""
 
-        def experience(rollout: Rollout, judged: Judged, batch, gold: Gold, packed: Packed, old_PQ, ref_PQ, visual=None):
-            """Advantages, and the step's statistics: of the groups, of the answers, and of sampler against scorer."""
-            kl_PG = per_answer(old_PQ - ref_PQ, packed, G)
-            advantage_PG, stats = advantages(judged.reward_PG, kl_PG, loss, gold.weight_P)
+            def of_share(tokens_P, informative_P):
+                index_K, weight_K = select(informative_P, config.prompts // shares)
+                order_K = balanced(tokens_P[index_K], config.mini_prompts // shares)
+                return index_K[order_K].astype(jnp.int32), weight_K[order_K], tokens_P[index_K[order_K]]
+
+            tokens_P = length_PG.sum(axis=1)
+            index, weight, tokens = jax.vmap(of_share)(*(x.reshape(shares, -1) for x in (tokens_P, informative_P)))
+            index += (jnp.arange(shares) % (shares // shards) * (len(tokens_P) // shares))[:, None]
+            by_mini = lambda x: x.reshape(shards, shares // shards, minis, -1).swapaxes(1, 2).reshape(shards, minis, -1)  # noqa: E731
+            index, weight, tokens = map(by_mini, (index, weight, tokens))
+            order = jax.vmap(jax.vmap(lambda tokens: balanced(tokens, per_row)))(tokens)
+            # Row l of a shard belongs to mini-batch l % minis, and there to micro-batch l // minis: see split_rows.
+            by_row = lambda x: jnp.take_along_axis(x, order, axis=2).reshape(shards, minis, micros, per_row).swapaxes(1, 2)  # noqa: E731
+            return Choice(by_row(index).reshape(-1), by_row(weight).reshape(-1), by_row(tokens).sum(axis=-1).max())
+
+        def pick(tree, choice: Choice):
+            return jax.tree.map(lambda x: take_rows(x, choice.index_K, shards), tree)
+
+        def arranged(rollout: Rollout, batch, gold: Gold, choice: Choice, visual=None, *, width) -> Rows:
             batch = batch if visual is None else batch.replace(patches_PIB=None)
-            done = Experience(batch, packed, outcome(gold), old_PQ, ref_PQ, advantage_PG, gold.weight_P, visual)
-            sampled_PQ = pack_values(rollout.logp_PGR, packed)
-            gap = jnp.abs(jnp.exp(sampled_PQ) - jnp.exp(old_PQ)) * done.mask_PQ
-            weight_PG = jnp.broadcast_to(gold.weight_P[:, None], judged.reward_PG.shape)
+            by_row = lambda x: take_rows(x, choice.index_K, shards).reshape(-1, per_row, *x.shape[1:])  # noqa: E731
+            one = pick(rollout, choice)
+            packed = pack(one.tokens_PGR, one.state_PGR, one.length_PG, width, per_row)
+            return Rows(packed, *jax.tree.map(by_row, (batch, outcome(gold), visual)))
+
+        def of_rows(params, rows: Rows, entropy: bool):
+            rows = rows.prompts()
+            return score(model, params, rows.batch, rows.packed, law(rows.outcome), rows.visual, entropy=entropy)
+
+        def scored(params, rows: Rows):
+            """Micro-batch by micro-batch, in the shapes of the update."""
+            parts = minis * micros
+            logp = jax.lax.map(lambda index: of_rows(params, split_rows(rows, parts, index), False)[0], jnp.arange(parts))
+            return jnp.moveaxis(logp, 0, 1).reshape(-1, logp.shape[-1])
+
+        def experience(rollout: Rollout, judged: Judged, batch, gold: Gold, choice: Choice, rows: Rows, old_PQ, ref_PQ, slots: Slots):
+            """Advantages, and the step's statistics: of the groups, of the answers, and of sampler against scorer."""
+            packed, weight_P = rows.packed, gold.weight_P
+            reward_PG = judged.reward_PG
+            if loss.overlong_buffer:
+                reward_PG += overlong_penalty(rollout.length_PG, R, loss.overlong_buffer)
+            weight_K = pick(weight_P, choice) * choice.weight_K
+            kl_KG = per_answer(losses.kl_estimate(old_PQ, ref_PQ, loss.kl_reward), packed, answers_of_row).reshape(-1, G)
+            advantage_KG, stats = advantages(pick(reward_PG, choice), kl_KG, loss, weight_K)
+            sampled_PQ = pack_values(pick(rollout.logp_PGR, choice), packed)
+            mask_PQ = packed.mask_PQ * jnp.take_along_axis(weight_K.reshape(-1, per_row), packed.prompt_PQ, axis=1)
+            done = Experience(rows, old_PQ, sampled_PQ, ref_PQ, advantage_KG.reshape(-1, answers_of_row), mask_PQ)
+            gap = jnp.abs(jnp.exp(sampled_PQ) - jnp.exp(old_PQ)) * mask_PQ
+            weight_PG = jnp.broadcast_to(weight_P[:, None], reward_PG.shape)
             mean = lambda x: jnp.sum(x * weight_PG) / jnp.maximum(weight_PG.sum(), 1)  # noqa: E731
+            before_tail, waste = slots.waste()
             stats = {f"critic/{name}": value for name, value in stats.items()} | {
                 "response_length/mean": mean(rollout.length_PG),
                 "response_length/clip_ratio": mean(~automaton.stop_V[rollout.tokens_PGR].any(-1)),
-                "training/rollout_probs_diff_mean": gap.sum() / jnp.maximum(done.mask_PQ.sum(), 1),
+                "training/rollout_probs_diff_mean": gap.sum() / jnp.maximum(mask_PQ.sum(), 1),
                 "training/rollout_probs_diff_max": gap.max(),
-                "rollout/slot_waste": rollout.length_PG.max() * rollout.length_PG.size / rollout.length_PG.sum(),
-                "update/pad_share": 1 - done.mask_PQ.mean(),
+                "rollout/slot_waste": waste,
+                "rollout/slot_waste_before_tail": before_tail,
+                "rollout/informative": mean(jnp.broadcast_to(informative(judged.reward_PG, weight_P)[:, None], weight_PG.shape)),
+                "update/pad_share": 1 - packed.mask_PQ.mean(),
+                "update/prompt_pad_share": 1 - rows.batch.length_P.mean() / rows.batch.tokens_PT.shape[-1],
             }
+            sizes = lambda batch: {"patches": (batch.image_PI >= 0).sum(), "prompt": batch.length_P.sum()}  # noqa: E731
+            trained = sizes(rows.batch) | {"response": packed.mask_PQ.sum()}
+            counts = sizes(batch) | {"response": rollout.length_PG.sum()} | {f"trained_{name}": value for name, value in trained.items()}
+            stats |= {f"count/{name}": value for name, value in counts.items()}
             return done, stats | {f"reward/{name}": mean(term) for name, term in judged.terms.items()}
 
         def loss_sum(params, micro: Experience):
-            logp, entropy = score(model, params, micro.batch, micro.packed, law(micro.outcome_PJ), micro.visual)
-            advantage_PQ = losses.per_token(micro.advantage_PG, micro.packed.sample_PQ)
-            token, metrics = losses.token_loss(logp, micro.old_PQ, micro.ref_PQ, entropy, advantage_PQ, micro.mask_PQ, loss)
-            total, _ = losses.aggregate(token, micro.mask_PQ, micro.packed.sample_PQ, G, loss.aggregation)
-            pairs = losses.metric_pairs(metrics, micro.mask_PQ, micro.packed.sample_PQ, G, loss.aggregation)
-            return total, pairs
+            logp, entropy = of_rows(params, micro.rows, True)
+            sample_PQ = micro.rows.packed.sample_PQ
+            advantage_PQ = losses.per_token(micro.advantage_PG, sample_PQ)
+            token, metrics = losses.token_loss(
+                logp, micro.old_PQ, micro.sampled_PQ, micro.ref_PQ, entropy, advantage_PQ, micro.mask_PQ, loss
+            )
+            how = micro.mask_PQ, sample_PQ, answers_of_row, R, loss.aggregation
+            return losses.aggregate(token, *how)[0], losses.metric_pairs(metrics, *how)
 
         def updated(state: TrainState, reference, experience: Experience, index):
-            mini = split_rows(experience, config.prompts // config.mini_prompts, index)
+            mini = split_rows(experience, minis, index)
             # Exact over the mini-batch; verl 0.6.1 instead averages the token means of its micro-batches (PAPERS C8).
-            number = losses.count(mini.mask_PQ, mini.packed.sample_PQ, G, loss.aggregation) + loss.agg_eps
+            number = losses.count(mini.mask_PQ, mini.rows.packed.sample_PQ, answers_of_row, R, loss.aggregation) + loss.agg_eps
             whole = lambda trained, micro: loss_sum(merge(trained, reference), micro)  # noqa: E731
-            return update(state, optimizer, whole, mini, number, config.mini_prompts // config.micro_prompts)
+            return update(state, optimizer, whole, mini, number, micros)
 
         self.gather = program(setup.cast, setup.rollout)
-        encoded = program(lambda weights, batch: encode(model, weights, batch))
-        self.encode = encoded if frozen_tower(model.config) else lambda weights, batch: None  # a trained tower: each program for itself
-        self.rollout = program(rollout, static_argnames=("group", "greedy"))
+        self.encode = program(lambda weights, batch: encode(model, weights, batch))
+        self.prefill = program(lambda weights, batch, visual: prefill(model, weights, batch, visual), None)
+        self.decode = program(decoded, (on_rows, everywhere), static_argnames=("group", "greedy"))
         self._judge = program(judged)
-        self.pack = program(lambda r, width: pack(r.tokens_PGR, r.state_PGR, r.length_PG, width), static_argnums=1)
+        self._choose = program(chosen, Choice(on_rows, on_rows, everywhere))
+        self.arrange = program(arranged, static_argnames="width")
         self.score = program(scored)
         self.score_given = answer_scorer(model, Law(blocked_V, automaton, jnp.ones((1, 1), bool), R), mesh)
         self.experience = program(experience, (on_rows, everywhere))
         self.update = program(updated, (setup.state_shardings(optimizer), everywhere), donate_argnums=0)
-        self.encoder = encoder
+        self.encoder, self.answers_of_row = encoder, answers_of_row
 
     def judge(self, rollout: Rollout, gold: Gold, bank: Bank) -> Judged:
         """Verdict, similarity and reward of a rollout's answers."""
         names, mask = read_names(rollout, self.tokenizer, self.embedder, self.recipe.reward.name_tokens, self.mesh)
         return self._judge(rollout, gold, names, mask, bank, self.encoder)
 
-    def packed_width(self, rollout: Rollout) -> int:
-        """Bucket of Q for this rollout, the same on every process: read from the global lengths."""
-        longest = int(rollout.length_PG.sum(axis=1).max())
-        return packed_width(longest, self.recipe.answer.max_tokens, self.recipe.rollout.packed_tokens, self.recipe.rollout.group)
+    def rollout(self, weights: dict, batch: PromptBatch, gold: Gold, step: int = 0, *, group: int, greedy: bool) -> tuple[Rollout, Slots]:
+        """Encode, prefill and decode."""
+        start = self.prefill(weights, batch, self.encode(weights, batch))
+        return self.decode(weights, batch, gold, start, jnp.int32(step), group=group, greedy=greedy)
 
-
-def pack_values(value_PGR: jax.Array, packed: Packed) -> jax.Array:
-    """Values per answer token [P, G, R] at their packed slots [P, Q]; 0 in empty slots."""
-    P, G, R = value_PGR.shape
-    index_PQ = jnp.clip(packed.sample_PQ * R + packed.offset_PQ, 0, G * R - 1)
-    return jnp.take_along_axis(value_PGR.reshape(P, G * R), index_PQ, axis=1) * packed.mask_PQ
+    def choose(self, rollout: Rollout, judged: Judged | None, gold: Gold) -> tuple[Choice, int]:
+        """What is trained on, and the width Q of its rows, the same on every process: read from the global lengths. Every prompt is
+        informative where no rewards are given."""
+        informative_P = jnp.ones(gold.weight_P.shape, bool) if judged is None else informative(judged.reward_PG, gold.weight_P)
+        choice = self._choose(rollout.length_PG, informative_P)
+        most = self.answers_of_row * self.recipe.answer.max_tokens
+        return choice, packed_width(int(choice.longest), most, self.recipe.rollout.packed_step)

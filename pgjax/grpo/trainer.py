@@ -2,29 +2,36 @@
 
 The arrays of a step, where they come from and how they lie (rows: leading axis over data and fsdp):
 
-    batch, gold      PromptBatch, Gold: host, rows          data/pipeline.py, a function of (seed, step)
+    batch, gold      PromptBatch, Gold: host, by prompt      data/pipeline.py, a function of (seed, step)
     policy           parameters: the trained ones, and the reference's where they are not trained    train/trainable.py
     weights          the policy in the compute type, gathered over fsdp
-    visual           visual tokens [P, M, D] of a frozen tower, rows; None: each program encodes
-    rollout          tokens [P, G, R], lengths [P, G], rows  generate/decode.py
-    judged           verdict and reward [P, G], rows         automaton.py, rewards.py
-    packed           answers back to back [P, Q], rows       generate/score.py
-    old, ref         logprobs [P, Q], rows                   the policy before the update, and the reference
-    experience       all of it with advantages [P, G], rows  grpo/advantages.py
-    state            trained parameters, optimiser, sharded  train/update.py, one update per mini-batch of whole groups
+    visual           visual tokens [P, M, D], by prompt      those of a frozen tower serve scoring and update too
+    start            prompt caches [L, P, T, K, C]           generate/decode.py
+    rollout          tokens [P, G, R], lengths [P, G]        generate/decode.py, through the lanes of generate/lanes.py
+    judged           verdict and reward [P, G], by prompt    automaton.py, rewards.py
+    choice           which prompts, in which order           generate/score.py: rows of n prompts, alike in length
+    rows             n prompts, their answers packed [Q]     generate/score.py; on each device the rows of its own prompts
+    old, ref         logprobs [rows, Q]                      the policy before the update, and the reference
+    experience       all of it with advantages, by row       grpo/advantages.py
+    state            trained parameters, optimiser, sharded  train/update.py, one update per mini-batch of whole rows
 """
 
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pgjax.bank import Bank
 from pgjax.config import Recipe
+from pgjax.data.schema import Gold, PromptBatch
 from pgjax.evaluation.evaluate import Answered, evaluate
 from pgjax.evaluation.metrics import Scores, ends, summarise, table
 from pgjax.evaluation.samples import sample_rows
@@ -36,39 +43,58 @@ from pgjax.sft import trainer as sft
 from pgjax.tokenizer import never_sampled
 from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.compilations import Compilations
+from pgjax.train.flops import matmul_weights, peak, phase_metrics
 from pgjax.train.inputs import check_inputs, make_room
 from pgjax.train.materials import Materials, make_materials
+from pgjax.train.phases import Phases
 from pgjax.train.progress import Progress
 from pgjax.train.report import write_report
 from pgjax.train.run_folder import RunFolder, check_same_run, read_metrics, remove_run
 from pgjax.train.setup import Setup, make_setup
-from pgjax.train.trainable import merge
+from pgjax.train.trainable import frozen_tower, merge
 from pgjax.train.update import TrainState, make_optimizer
 
 
-def grpo_step(
-    programs: Programs, materials: Materials, recipe: Recipe, state: TrainState, reference: dict, step: int
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step: sample G answers to each of P prompts, judge them against each other, update. Step counts from 0."""
-    host = materials.train.batch(step, recipe.grpo.prompts)
-    batch, gold = place_rows((host.prompt, host.gold), programs.mesh)
+def load(materials: Materials, recipe: Recipe, mesh, step: int) -> tuple[PromptBatch, Gold]:
+    """Prompts and gold of a step on their devices."""
+    host = materials.train.batch(step, recipe.grpo.prompts * recipe.rollout.oversample)
+    return place_rows((host.prompt, host.gold), mesh)
 
+
+def grpo_step(
+    programs: Programs, bank: Bank, recipe: Recipe, state: TrainState, reference: dict, step: int, loaded: tuple[PromptBatch, Gold], done
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step: sample G answers to each of P prompts, judge them against each other, update. Step counts from 0.
+
+    `done(phase, outputs)` hears of every phase when it has been dispatched.
+    """
+    batch, gold = loaded
     policy = merge(state.params, reference)
     weights = programs.gather(policy)
     visual = programs.encode(weights, batch)
-    rollout = programs.rollout(weights, batch, gold, jnp.int32(step), visual, group=recipe.rollout.group, greedy=False)
-    del weights  # the gathered copy serves the rollout alone
-    judged = programs.judge(rollout, gold, materials.bank)
+    done("encode", visual)
+    start = programs.prefill(weights, batch, visual)
+    done("prefill", start.hidden_PD)
+    rollout, slots = programs.decode(weights, batch, gold, start, jnp.int32(step), group=recipe.rollout.group, greedy=False)
+    done("decode", rollout)
+    del weights, start  # the gathered copy serves the rollout alone
+    visual = visual if frozen_tower(recipe.model) else None  # a trained tower: each program encodes
 
-    packed = programs.pack(rollout, programs.packed_width(rollout))
-    old_PQ = programs.score(policy, batch, packed, gold, visual)
-    ref_PQ = programs.score(reference, batch, packed, gold, visual)
-    experience, metrics = programs.experience(rollout, judged, batch, gold, packed, old_PQ, ref_PQ, visual)
+    selects = recipe.rollout.oversample > 1
+    judged = programs.judge(rollout, gold, bank) if selects else None
+    choice, width = programs.choose(rollout, judged, gold)
+    rows = programs.arrange(rollout, batch, gold, choice, visual, width=width)
+    old_PQ, ref_PQ = programs.score(policy, rows), programs.score(reference, rows)
+    done("score", (old_PQ, ref_PQ))
+    judged = judged or programs.judge(rollout, gold, bank)  # names are read while the device scores
+    experience, metrics = programs.experience(rollout, judged, batch, gold, choice, rows, old_PQ, ref_PQ, slots)
+    done("reward", metrics)
 
     updates = []
     for index in range(recipe.grpo.prompts // recipe.grpo.mini_prompts):
         state, update_metrics = programs.update(state, reference, experience, jnp.int32(index))
         updates.append(update_metrics)
+    done("update", updates)
     return state, metrics | {name: jnp.stack([u[name] for u in updates]).mean() for name in updates[0]}
 
 
@@ -124,11 +150,12 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def train(recipe: Recipe, run_path: Path, fresh: bool = False) -> dict[str, float]:
+def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = False) -> dict[str, float]:
     """Run a recipe in its folder, from the last checkpoint there unless `fresh`; returns the summary that it also writes.
 
     A killed run, started again, gives the numbers of an unbroken one: all that a step depends on is the checkpoint, the reference and
     its own number. Raises ValueError when the folder holds the run of another recipe. A run that has ended only gives its summary.
+    `profile` writes a trace of its third step into profile/.
     """
     began, show, config = time.monotonic(), jax.process_index() == 0, recipe.grpo
     mesh = make_mesh(recipe.mesh)
@@ -169,24 +196,55 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False) -> dict[str, floa
         else:
             state, reference = checkpoints.restore(setup.abstract_state(optimizer)), references.restore(setup.abstract_reference())
 
-        compilations = Compilations()
-        with Progress("train", config.steps, start=start or 0, show=show) as progress:
-            for step in range(start or 0, config.steps):
-                clock = time.monotonic()
-                state, metrics = grpo_step(programs, materials, recipe, state, reference, step)
-                values = {name: float(value) for name, value in metrics.items()}
-                values |= {"perf/time_per_step": time.monotonic() - clock, "perf/compilations": compilations.take()}
-                run.log(step + 1, values)
-                progress.update(step + 1, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
+        compilations, phases, weights = Compilations(), Phases(), matmul_weights(recipe.model)
+        pending: list[Callable[[], None]] = []  # numbers of a step are read when the next one has been dispatched
+
+        def logged(step: int, metrics: Mapping[str, jax.Array], compiled: int, seconds: Callable[[], dict[str, float]]) -> None:
+            values = {name: float(value) for name, value in metrics.items()}
+            counts = {name.removeprefix("count/"): values.pop(name) for name in metrics if name.startswith("count/")}
+            values |= phase_metrics(recipe.model, weights, seconds(), counts, mesh.size, peak(jax.devices()[0]))
+            run.log(step, values | {"perf/compilations": compiled})
+            progress.update(step, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
+
+        def catch_up() -> None:
+            while pending:
+                pending.pop()()
+
+        first, ahead = start or 0, partial(load, materials, recipe, mesh)
+        with Progress("train", config.steps, start=first, show=show) as progress, ThreadPoolExecutor(1, "load") as loader:
+            upcoming = loader.submit(ahead, first)
+            for step in range(first, config.steps):
+                loaded = upcoming.result()
+                if step + 1 < config.steps:
+                    upcoming = loader.submit(ahead, step + 1)
+                with traced(run_path / "profile", profile and step == min(first + 2, config.steps - 1)):
+                    phases.begin()
+                    state, metrics = grpo_step(programs, materials.bank, recipe, state, reference, step, loaded, phases.done)
+                    seconds = phases.split()
+                catch_up()
+                pending.append(partial(logged, step + 1, metrics, compilations.take(), seconds))
                 scores = {}
                 if due(step + 1, config.validate_every, config.steps):
+                    catch_up()
                     scores = validate(programs, materials, recipe, merge(state.params, reference), run, step + 1, show)
                 if due(step + 1, config.checkpoint_every, config.steps):
+                    catch_up()
                     checkpoints.save(step + 1, state, scores.get("request_f1") if config.keep_best else None)
         summary = summarise_run(run_path, time.monotonic() - began)
         run.write_json("summary.json", summary)
     checkpoints.close(), references.close()
     return summary
+
+
+@contextmanager
+def traced(folder: Path, wanted: bool) -> Iterator[None]:
+    """A trace of what happens inside, for Perfetto and XProf."""
+    if not wanted:
+        yield
+        return
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+        yield
+    print(f"trace: {folder} (XProf), and perfetto_trace.json.gz in it (https://ui.perfetto.dev)", file=sys.stderr)
 
 
 def summarise_run(run_path, seconds: float) -> dict[str, float]:

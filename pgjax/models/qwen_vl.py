@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from pgjax.config import ModelConfig
 from pgjax.models import qwen2_5_vl, qwen3_vl
-from pgjax.models.attention import Row
+from pgjax.models.attention import Segments
 from pgjax.models.layers import Linear
 from pgjax.models.text import AnswerCache, Lanes, TextDecoder
 from pgjax.models.vision import Visual, place
@@ -38,8 +38,8 @@ class QwenVL(nn.Module):
             return x
         return jnp.where((visual_PT >= 0)[..., None], place(visual_PT, visual.tokens_PMD).astype(x.dtype), x)
 
-    def rows(self, x, position_PSX, row: Row, visual_PT, visual: Visual, cache_out: bool = False):
-        """Rows of a prompt and its packed answers -> hidden states [P, T + Q, D] (and the prompt cache)."""
+    def rows(self, x, position_PSX, row: Segments, visual_PT, visual: Visual, cache_out: bool = False):
+        """Rows of prompts and their packed answers -> hidden states [P, S, D] (and the keys and values of all slots)."""
         deep = None if visual.deep_PNMD is None else (visual_PT, visual.deep_PNMD)
         hidden, prompt = self.model(x, position_PSX, row, cache_out=cache_out, deep=deep)
         return (hidden, prompt) if cache_out else hidden
@@ -56,7 +56,7 @@ class QwenVL(nn.Module):
     def __call__(self, patches_PIB, yx_PI2, grid_PI2, image_PI, tokens_PT, visual_PT, position_PTX, length_P):
         """Logits of plain prompts [P, T, V]; also what touches every parameter at init."""
         visual = self.encode(patches_PIB, yx_PI2, grid_PI2, image_PI)
-        row = Row(length_P, jnp.zeros((tokens_PT.shape[0], 0), jnp.int32), tokens_PT.shape[1], 1)
+        row = Segments.prompts(length_P, tokens_PT.shape[1])
         return self.logits(self.rows(self.embed(tokens_PT, visual_PT, visual), position_PTX, row, visual_PT, visual))
 
 

@@ -2,7 +2,7 @@
 
 Qwen2.5-VL has biases on q, k and v; Qwen3-VL has none, normalises q and k, interleaves M-RoPE and takes DeepStack features.
 
-One module serves rows (prompt with packed answers: score, update, prefill) and lanes (decode): what differs is `context`.
+One module serves rows (prompts with packed answers: score, update, prefill) and lanes (decode): what differs is `context`.
 """
 
 import jax
@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from pgjax.config import TextConfig
-from pgjax.models.attention import Row, grouped_attention, lane_attention
+from pgjax.models.attention import Segments, attention, lane_attention
 from pgjax.models.layers import NO_LORA, RESIDUAL, Embedding, GatedMLP, Linear, RMSNorm, rotate
 from pgjax.models.vision import place
 from pgjax.parallel.mesh import constrain
@@ -27,7 +27,7 @@ class PromptCache:
 
 @struct.dataclass
 class AnswerCache:
-    """Keys and values of the answers being decoded, one row per lane."""
+    """Keys and values of the answers being decoded, one ring of R slots per lane."""
 
     k_LPGRKC: jax.Array
     v_LPGRKC: jax.Array
@@ -35,10 +35,11 @@ class AnswerCache:
 
 @struct.dataclass
 class Lanes:
-    """Context of one decode step: every lane writes and reads up to answer offset `offset`."""
+    """Context of one decode step: all lanes write to one slot of their rings, and read what is theirs."""
 
-    length_P: jax.Array
-    offset: jax.Array  # scalar
+    slot: jax.Array  # scalar
+    sees_prompt_PT: jax.Array  # bool
+    sees_own_PGR: jax.Array  # bool; its new token's slot among them
 
 
 def mrope(position: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
@@ -71,19 +72,19 @@ class SelfAttention(nn.Module):
         if c.qk_norm:
             q, k = RMSNorm(c.eps, name="q_norm")(q), RMSNorm(c.eps, name="k_norm")(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if isinstance(context, Row):
+        if isinstance(context, Segments):
             q = constrain(q, "batch", None, "heads", None)
             k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
-            out = grouped_attention(q, k, v, context)
-            saved = PromptCache(k[:, : context.prompt], v[:, : context.prompt])
+            out = attention(q, k, v, context)
+            saved = PromptCache(k, v)
         else:
-            at = (layer, 0, 0, context.offset, 0, 0)
+            at = (layer, 0, 0, context.slot, 0, 0)
             cache = AnswerCache(
                 jax.lax.dynamic_update_slice(cache.k_LPGRKC, k[None, :, :, None], at),
                 jax.lax.dynamic_update_slice(cache.v_LPGRKC, v[None, :, :, None], at),
             )
             own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPGRKC, cache.v_LPGRKC))
-            out = lane_attention(q, prompt.k_LPTKC, prompt.v_LPTKC, own_k, own_v, context.length_P, context.offset)
+            out = lane_attention(q, prompt.k_LPTKC, prompt.v_LPTKC, own_k, own_v, context.sees_prompt_PT, context.sees_own_PGR)
             saved = None
         back = dict(inputs=2, dtype=self.dtype, scale=RESIDUAL, lora=self.lora)
         return Linear((x.shape[-1],), ("heads", None, "embed"), name="o_proj", **back)(out), cache, saved
@@ -120,9 +121,9 @@ def add_features(x: jax.Array, layer: jax.Array, visual_PT: jax.Array, deep_PNMD
 
 
 class TextDecoder(nn.Module):
-    """Embeddings [P, S, D] -> final hidden states [P, S, D]; S is T + Q for rows and G for lanes.
+    """Embeddings [P, S, D] -> final hidden states [P, S, D]; S slots of a row, or lanes.
 
-    `cache_out` makes a row pass return its PromptCache; a lane pass takes one, and threads the AnswerCache through.
+    `cache_out` makes a row pass return all its keys and values, a PromptCache; a lane pass takes one, and threads the AnswerCache through.
     `deep` (visual_PT, deep_PNMD) are the DeepStack features of a row pass.
     """
 

@@ -1,7 +1,7 @@
 """What the vision towers of both families share: patches in, one visual token per merge x merge patches out.
 
-Patches lie window-major (data/images.py), so a windowed block is plain attention over [windows, window_patches], and a
-full block attends over every patch of the same image. Blocks are scanned; which kind one is, is data.
+Patches lie window-major (data/images.py): a windowed block attends within runs of `window_patches` slots, a full block over every
+patch of the same image. Blocks are scanned; which kind one is, is data.
 """
 
 import jax
@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import struct
 
 from pgjax.config import VisionConfig
-from pgjax.models.attention import segment_attention
+from pgjax.models.attention import Segments, attention
 from pgjax.models.layers import RESIDUAL, Linear, rotate
 from pgjax.parallel.mesh import constrain
 
@@ -21,6 +21,14 @@ class Visual:
 
     tokens_PMD: jax.Array  # D is the decoder's width
     deep_PNMD: jax.Array | None = None  # DeepStack: N further features of each, for the first N decoder layers
+
+    def by_row(self, visual_PT: jax.Array, rows: int) -> tuple[jax.Array, "Visual"]:
+        """Where visual tokens stand, and they, with the prompts of a row joined: P prompts -> `rows` rows."""
+        (P, T), (_, M, D) = visual_PT.shape, self.tokens_PMD.shape
+        n = P // rows
+        number = jnp.where(visual_PT >= 0, visual_PT + (jnp.arange(P) % n * M)[:, None], -1).reshape(rows, n * T)
+        join = lambda x: jnp.moveaxis(x.reshape(rows, n, -1, M, D), 1, 2).reshape(rows, -1, n * M, D)  # noqa: E731
+        return number, Visual(self.tokens_PMD.reshape(rows, n * M, D), None if self.deep_PNMD is None else join(self.deep_PNMD))
 
 
 def place(visual_PT: jax.Array, feature_PMD: jax.Array) -> jax.Array:
@@ -45,19 +53,14 @@ class VisionAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_PID, cos, sin, image_PI, full):
-        c, (P, I, D) = self.config, x_PID.shape
+        c, (_, I, D) = self.config, x_PID.shape
         head_dim = D // c.heads
         qkv = Linear((3, c.heads, head_dim), ("embed", None, "heads", None), bias=True, dtype=self.dtype, name="qkv")(x_PID)
         q, k, v = (constrain(y, "batch", None, "heads", None) for y in jnp.moveaxis(qkv, 2, 0))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
-        def windowed(q, k, v):
-            n = c.window_patches
-            q, k, v, segment = (y.reshape(P * (I // n), n, *y.shape[2:]) for y in (q, k, v, image_PI))
-            return segment_attention(q, k, v, segment).reshape(P, I, c.heads, head_dim)
-
-        whole = lambda q, k, v: segment_attention(q, k, v, image_PI)  # noqa: E731
-        out = jax.lax.cond(full, whole, windowed, q, k, v) if c.window else whole(q, k, v)
+        window_PI = jnp.where(image_PI >= 0, jnp.arange(I) // c.window_patches, -1)
+        out = attention(q, k, v, Segments.pictures(jnp.where(full, image_PI, window_PI) if c.window else image_PI))
         return Linear((D,), ("heads", None, "embed"), inputs=2, bias=True, dtype=self.dtype, scale=RESIDUAL, name="proj")(out)
 
 

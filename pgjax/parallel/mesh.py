@@ -4,6 +4,7 @@
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -55,6 +56,13 @@ def spec(names: tuple[str | None, ...], shape: tuple[int, ...], rules: dict, mes
     return PartitionSpec(*placed)
 
 
+def batch_shards(rows: int) -> int:
+    """Shards that `rows` rows lie on under the mesh in force; 1 where they do not divide (they are replicated then)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return ways if rows % ways == 0 else 1
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pin an activation to its logical axes on the mesh in force; without a mesh, nothing."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -77,6 +85,15 @@ def rows(mesh) -> NamedSharding:
 
 def replicated(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def take_rows(x: jax.Array, index_N: jax.Array, shards: int, axis: int = 0) -> jax.Array:
+    """Entries of an array along its batch axis, as numbered in each shard of it (past the end: the last), so that nothing moves between
+    devices. `index_N` lies by shards as well."""
+    cut = lambda x, axis: x.reshape(*x.shape[:axis], shards, -1, *x.shape[axis + 1 :])  # noqa: E731
+    take = jax.vmap(lambda x, index: jnp.take(x, index, axis=axis, mode="clip"), in_axes=(axis, 0), out_axes=axis)
+    found = take(cut(x, axis), cut(index_N, 0))
+    return found.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def place_rows(tree, mesh):

@@ -104,7 +104,8 @@ class Guard:
         def answer(weights, prompt, gold) -> Rollout:
             law_P = law(answers.outcome_mask(self.automaton, gold.node_of_id_PK), True)
             start = prefill(model, weights, prompt, encode(model, weights, prompt))
-            return decode(model, weights, prompt, gold.modality_P, start, law_P, jax.random.key(0), jnp.int32(0), group=1, greedy=True)
+            args = gold.modality_P, start, law_P, jax.random.key(0), jnp.int32(0)
+            return decode(model, weights, prompt, *args, group=1, greedy=True)[0]
 
         return answer, answer_scorer(model, law(jnp.ones((1, 1), bool), False), mesh)
 

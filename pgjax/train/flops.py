@@ -1,0 +1,79 @@
+"""What the phases of a step compute, by the convention of model FLOP utilisation (MFU): docs/performance.md has the definition.
+
+Two floating-point operations for every matmul parameter and token, three times that where gradients are taken; attention scores,
+padding, recomputation and slots of lanes that stand idle do not count. Prompts count once, whatever their group.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from pgjax.config import ModelConfig
+from pgjax.models.qwen_vl import QwenVL, init_boxed
+from pgjax.train.trainable import frozen_tower
+
+# Dense bfloat16 peaks of one device, FLOP/s, as their makers give them, by the start of JAX's name for it; the longest that fits counts.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+class Weights(NamedTuple):
+    """Matmul parameters: of the decoder without embedding and head, of the head, and of the vision tower for each patch."""
+
+    decoder: int
+    head: int
+    tower: float
+
+
+def matmul_weights(config: ModelConfig) -> Weights:
+    shapes = jax.eval_shape(lambda key: nn.meta.unbox(init_boxed(QwenVL(config), key)), jax.random.key(0))
+    sizes = {"/".join(path): int(np.prod(leaf.shape)) for path, leaf in flatten_dict(shapes).items() if path[-1] == "kernel"}
+    of = lambda start: sum(size for path, size in sizes.items() if path.startswith(start))  # noqa: E731
+    mergers = sum(size for path, size in sizes.items() if path.startswith("visual/") and "merger" in path)
+    return Weights(of("model/"), config.text.vocab * config.text.width, of("visual/") - mergers + mergers / config.vision.merge**2)
+
+
+def peak(device: jax.Device) -> float | None:
+    """FLOP/s of a device; None where it is not known."""
+    fitting = [name for name in PEAKS if device.device_kind.startswith(name)]
+    return PEAKS[max(fitting, key=len)] if fitting else None
+
+
+def phase_metrics(
+    config: ModelConfig, weights: Weights, seconds: Mapping[str, float], counts: Mapping[str, float], devices: int, peak: float | None
+) -> dict[str, float]:
+    """Time, tokens a second, FLOPs and, where the peak of a device is known, MFU of every phase.
+
+    `counts` are of what was sampled (`patches`, `prompt`, `response`) and of what was trained on (`trained_...`).
+    """
+    frozen = frozen_tower(config)
+    prompt, response = counts["trained_prompt"], counts["trained_response"]
+    tower = 2 * weights.tower * (0 if frozen else counts["trained_patches"])
+    forward = 2 * weights.decoder * (prompt + response) + 2 * weights.head * response + tower
+    # With adapters the gradient of what they stand on is not taken: two passes in place of three.
+    tokens_flops = {
+        "encode": (counts["patches"], 2 * weights.tower * counts["patches"]),
+        "prefill": (counts["prompt"], 2 * weights.decoder * counts["prompt"]),
+        "decode": (counts["response"], 2 * (weights.decoder + weights.head) * counts["response"]),
+        "score": (2 * (prompt + response), 2 * forward),  # the policy and the reference
+        "reward": (counts["response"], 0),
+        "update": (prompt + response, (2 if config.lora_rank else 3) * forward),
+    }
+    metrics = {"perf/time_per_step": seconds["step"]}
+    for phase, (tokens, flops) in tokens_flops.items():
+        time = max(seconds[phase], 1e-9)
+        metrics |= {f"timing_s/{phase}": seconds[phase], f"perf/tokens_per_s/{phase}": tokens / time, f"perf/flops/{phase}": flops}
+        if peak:
+            metrics[f"perf/mfu/{phase}"] = flops / (time * devices * peak)
+    return metrics
