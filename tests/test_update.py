@@ -133,7 +133,7 @@ def test_the_state_is_donated():
     """One copy of parameters and optimiser exists at a time."""
     run = program()
     reference, state = setup().reference(params()), setup().state(jax.tree.map(jnp.copy, params()), SGD)
-    given = experience(run, state.params)
+    given, _ = experience(run, state.params)
     after, _ = run.update(state, reference, given, jnp.int32(0))
     assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
     assert not any(x.is_deleted() for x in jax.tree.leaves((after, reference, given)))
