@@ -67,7 +67,7 @@ def make_recipe(size: str):
     tower = config.VisionConfig(depth=2, heads=4, window=SIDE, full_blocks=(1,), min_pixels=SIDE**2, max_pixels=SIDE**2, **vision)
     return config.Recipe(
         name=f"vs_trl {size}",
-        model=config.ModelConfig(text=config.TextConfig(vocab=512, **text), vision=tower, compute_dtype="float32", remat=False),
+        model=config.ModelConfig(text=config.TextConfig(vocab=512, **text), vision=tower, compute_dtype="float32", remat="none"),
         data=config.DataConfig(prompt_tokens=64, patches=16),
         answer=config.AnswerConfig(max_tokens=answer),
         rollout=config.RolloutConfig(group=group),

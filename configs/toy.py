@@ -30,7 +30,7 @@ recipe = Recipe(
         ),
         vision=VisionConfig(width=64, depth=2, heads=2, mlp=128, window=56, full_blocks=(1,)),
         compute_dtype="float32",
-        remat=False,
+        remat="none",
     ),
     tokenizer_vocab=1536,
     mesh=MeshConfig(data=2, fsdp=2, tensor=2),

@@ -69,7 +69,7 @@ class ModelConfig:
     text: TextConfig = TextConfig()
     vision: VisionConfig = VisionConfig()
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # master weights are always float32
-    remat: bool = True  # recompute layers in the backward pass instead of keeping them
+    remat: Literal["none", "dots", "attention", "full"] = "full"  # what the backward pass computes anew: models/layers.py
     freeze_vision: bool = False  # the vision tower is not trained: no gradient, and visual tokens once per step
     lora_rank: int = 0  # adapters on the decoder's projections are trained instead of the model; 0: none
     lora_alpha: float = 32.0  # an adapter's output is scaled by alpha / rank

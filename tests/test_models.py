@@ -173,7 +173,7 @@ def test_packed_groups_equal_repeated_prompts(tiny):
     flat = {k: v.reshape(P * G, -1) for k, v in answers.items()}
     offset_1 = np.broadcast_to(np.arange(R, dtype=np.int32), (P * G, R))
     sample_1 = np.where(offset_1 < flat["length"].reshape(-1, 1), 0, -1)
-    again = QwenVL(dataclasses.replace(model.config, remat=True))
+    again = QwenVL(dataclasses.replace(model.config, remat="full"))
     alone = flat["tokens"], sample_1, offset_1, flat["weight"]
     (_, (logp_1, hidden_1)), (grads_1, visual_grad_1) = run(
         (params, jax.tree.map(repeat, visual)), again, {k: repeat(v) for k, v in prompts.items()}, *alone
@@ -234,3 +234,17 @@ def test_answers_continue_as_if_written_into_the_prompt(tiny):
     theirs = np.asarray(run(params, visual, longer, answer, sample - 1, offset))  # no answers, one longer prompt
     theirs = np.stack([theirs[p, length : length + n] for p, length in enumerate(prompts["length"])])
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_what_is_kept_is_not_computed_anew(tiny):
+    """The less a policy of rematerialisation keeps, the more operations a gradient takes."""
+    model, params, visual, prompts, answers = tiny
+    if model.config.family != "qwen2_5_vl":
+        pytest.skip("one decoder, one policy")
+    packed = answers["tokens"].reshape(P, -1), *pack(np.full((P, G), R), G * R), np.ones((P, G * R), np.float32)
+    flops = {}
+    for remat in ("none", "dots", "attention", "full"):
+        net = QwenVL(dataclasses.replace(model.config, remat=remat))
+        gradient = jax.jit(jax.grad(lambda weights: loss(weights, net, prompts, *packed)[0]))  # noqa: B023
+        flops[remat] = gradient.lower((params, visual)).cost_analysis()["flops"]
+    assert flops["none"] < flops["dots"] < flops["full"] and flops["none"] < flops["attention"] < flops["full"]

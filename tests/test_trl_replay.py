@@ -77,7 +77,7 @@ def pad_row_frozen(params):
 
 
 def test_gradient_norms():
-    config = dataclasses.replace(config_from_hf(FOLDER / "tiny"), compute_dtype="float32", remat=False)
+    config = dataclasses.replace(config_from_hf(FOLDER / "tiny"), compute_dtype="float32", remat="none")
     setup = make_setup(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     optimizer = make_optimizer(ADAM, 4)
     state = setup.state(setup.load(FOLDER / "tiny"), optimizer)

@@ -29,7 +29,7 @@ def inputs(arrays) -> list[np.ndarray]:
     return [arrays[k] / np.float32(64) if k == "patches_PIB" else arrays[k] for k in INPUTS]
 
 
-def tiny_model(path: Path, remat: bool = False) -> QwenVL:
+def tiny_model(path: Path, remat: str = "none") -> QwenVL:
     return QwenVL(dataclasses.replace(config_from_hf(path), compute_dtype="float32", remat=remat))
 
 

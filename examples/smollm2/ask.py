@@ -27,7 +27,7 @@ from pgjax.train.setup import Setup, make_setup
 
 def load(path: Path) -> tuple[Setup, dict, object]:
     """Setup in float32 on one device, parameters and tokenizer of a checkpoint directory."""
-    config = dataclasses.replace(config_from_hf(path), compute_dtype="float32", remat=False)
+    config = dataclasses.replace(config_from_hf(path), compute_dtype="float32", remat="none")
     setup = make_setup(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     return setup, setup.load(path), load_tokenizer(path)
 

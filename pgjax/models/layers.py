@@ -14,6 +14,19 @@ NO_LORA = (0, 1.0)  # rank and alpha of an adapter; rank 0: none
 RESIDUAL = 0.01  # a fresh layer hardly disturbs the stream, so that tokens stay apart while a small model starts to learn
 
 
+# What of a layer is kept for the backward pass, beside its input: the rest is computed anew.
+KEPT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # its output and log-sum-exp
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialised(layer: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A layer for scanning under one of the policies of `ModelConfig.remat`; "none" keeps everything."""
+    return layer if remat == "none" else nn.remat(layer, prevent_cse=False, policy=KEPT[remat])
+
+
 class Linear(nn.Module):
     """y = x . kernel (+ bias) over the trailing `inputs` axes of x. Kernel and bias are float32, the product in `dtype`.
 

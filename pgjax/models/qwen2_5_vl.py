@@ -44,7 +44,7 @@ class Tower(nn.Module):
     config: VisionConfig
     out_width: int
     dtype: jnp.dtype
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, patches_PIB, yx_PI2, grid_PI2, image_PI) -> Visual:

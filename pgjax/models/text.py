@@ -12,7 +12,7 @@ from flax import struct
 
 from pgjax.config import TextConfig
 from pgjax.models.attention import Segments, attention, lane_attention
-from pgjax.models.layers import NO_LORA, RESIDUAL, Embedding, GatedMLP, Linear, RMSNorm, rotate
+from pgjax.models.layers import NO_LORA, RESIDUAL, Embedding, GatedMLP, Linear, RMSNorm, rematerialised, rotate
 from pgjax.models.vision import place
 from pgjax.parallel.mesh import constrain
 
@@ -129,7 +129,7 @@ class TextDecoder(nn.Module):
 
     config: TextConfig
     dtype: jnp.dtype
-    remat: bool
+    remat: str
     lora: tuple[int, float] = NO_LORA  # rank and alpha of the adapters on every projection
 
     def setup(self):
@@ -139,7 +139,7 @@ class TextDecoder(nn.Module):
     @nn.compact
     def __call__(self, x, position, context, prompt=None, cache=None, cache_out=False, deep=None):
         cos, sin = mrope(position, self.config)
-        layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat and not cache_out and cache is None else DecoderLayer
+        layer = rematerialised(DecoderLayer, self.remat if cache is None and not cache_out else "none")
         layers = nn.scan(
             layer,
             variable_axes={"params": 0, "intermediates": 0},

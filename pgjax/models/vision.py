@@ -11,7 +11,7 @@ from flax import struct
 
 from pgjax.config import VisionConfig
 from pgjax.models.attention import Segments, attention
-from pgjax.models.layers import RESIDUAL, Linear, rotate
+from pgjax.models.layers import RESIDUAL, Linear, rematerialised, rotate
 from pgjax.parallel.mesh import constrain
 
 
@@ -76,10 +76,10 @@ class PatchEmbed(nn.Module):
         return Linear((self.width,), ("patch", "embed"), bias=self.bias, dtype=self.dtype, name="proj")(patches_PIB)
 
 
-def scanned(block: type[nn.Module], depth: int, remat: bool) -> type[nn.Module]:
+def scanned(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
     """`block` as `depth` blocks over a carry; its first argument after the carry has a leading axis of blocks, the rest is shared."""
     return nn.scan(
-        nn.remat(block, prevent_cse=False) if remat else block,
+        rematerialised(block, remat),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
