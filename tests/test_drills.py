@@ -113,7 +113,7 @@ class Run:
 
 def lasting(rows: list[dict]) -> list[dict]:
     """Metrics without what times say, or how warm the process was."""
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(("perf/", "timing_s/"))} for row in rows]
 
 
 def names(path: Path) -> list[str]:

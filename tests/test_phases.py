@@ -73,7 +73,13 @@ def test_flops_by_hand(change, tower, passes):
 
 def test_peaks_go_by_the_longest_name_that_fits():
     device = type("Device", (), {})
-    for kind, expected in (("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)):
+    for kind, expected in (
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("cpu", None),
+    ):
         device.device_kind = kind
         assert peak(device) == expected
     assert peak(jax.devices()[0]) is None and all(value > 1e14 for value in PEAKS.values())

@@ -17,6 +17,7 @@ The arrays of a step, where they come from and how they lie (rows: leading axis 
 """
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -203,7 +204,8 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
             values = {name: float(value) for name, value in metrics.items()}
             counts = {name.removeprefix("count/"): values.pop(name) for name in metrics if name.startswith("count/")}
             values |= phase_metrics(recipe.model, weights, seconds(), counts, mesh.size, peak(jax.devices()[0]))
-            run.log(step, values | {"perf/compilations": compiled})
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+            run.log(step, values | {"perf/compilations": compiled, "perf/host_memory_gb": memory})
             progress.update(step, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
 
         def catch_up() -> None:

@@ -34,13 +34,15 @@ SCORES = {  # of phase "eval": label -> key; each is also there with a modality 
     "OOD detection F1": "ood_f1",
     "OOD naming, mean similarity": "naming",
 }
+PHASES = ("encode", "prefill", "decode", "score", "reward", "update")
 CURVES = {  # of phase "train": title, y label, and label -> key
     "Format": ("share of answers", {"in format": "reward/format"}),
     "Entropy": ("nats per token", {"entropy": "actor/entropy"}),
-    "KL to the reference": ("nats per token", {"k3": "actor/kl_loss"}),
+    "KL to the reference": ("nats per token", {"KL": "actor/kl_loss"}),
     "Gradient norm": ("before clipping", {"norm": "actor/grad_norm"}),
     "Groups without a spread of rewards": ("share of groups", {"no signal": "critic/frac_zero_std"}),
     "Time per step, where nothing compiled": ("seconds", {"s": "perf/time_per_step"}),
+    "Phases, where nothing compiled": ("seconds", {phase: f"timing_s/{phase}" for phase in PHASES}),
     "Reward terms": ("mean per answer", {name: f"reward/{name}" for name in ("request", "response", "category", "bonus")}),
     "Answer length": ("tokens, mean", {"tokens": "response_length/mean"}),
     "Answers that never stopped": ("share of answers", {"cut off": "response_length/clip_ratio"}),
@@ -169,7 +171,7 @@ def table_of(*columns: str, rows: str, kind: str = "numbers") -> str:
 
 def curves(steps: list[dict], scores: list[dict]) -> str:
     def points(rows: list[dict], key: str) -> list[tuple[float, float | None]]:
-        skip = key.startswith("perf/time")  # a compilation takes many times as long as a step
+        skip = key.startswith(("perf/time", "timing_s/"))  # a compilation takes many times as long as a step
         return [(row["step"], row.get(key)) for row in rows if not (skip and row.get("perf/compilations"))]
 
     charts = [lines("Reward", {"reward": points(steps, "critic/rewards/mean")}, "mean per answer, at most 3", high=2)]
