@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pgjax.models.attention import Segments, attention
+from pgjax.models.attention import attend
 from pgjax.models.flash import Pairs, backward_gpu, backward_tpu, forward_gpu, forward_tpu
 
 BACKENDS = {"tpu": (forward_tpu, backward_tpu), "gpu": (forward_gpu, backward_gpu)}
@@ -124,20 +124,20 @@ def test_gpu_kernels_lower_without_a_gpu(shape):
         assert text.count("@__gpu$xla.gpu.triton") == kernels
 
 
-def whole_attention(sharding=None):
-    """`attention` and its gradients as models call it, the backend chosen by platform; jitted, with the shapes of its arguments."""
+def whole_attention(platform: str, sharding=None):
+    """Attention of rows and its gradients on a platform; jitted, with the shapes of its arguments."""
     rows, slots = 2, 5000  # not a multiple of any block
 
     def like(*axes, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(axes, dtype, sharding=sharding)
 
     q, k = like(rows, slots, 28, 128, dtype=jnp.bfloat16), like(rows, slots, 4, 128, dtype=jnp.bfloat16)
-    total = lambda q, k, v, ids: attention(q, k, v, Segments(*ids)).astype(jnp.float32).sum()  # noqa: E731
+    total = lambda q, k, v, ids: attend(q, k, v, ids, platform).astype(jnp.float32).sum()  # noqa: E731
     return jax.jit(jax.grad(total, (0, 1, 2))), (q, k, k, like(3, rows, slots))
 
 
 def test_attention_takes_the_kernels_on_a_gpu():
-    call, args = whole_attention()
+    call, args = whole_attention("gpu")
     text = call.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 3
 
@@ -151,7 +151,7 @@ def compile_for_tpu():
             compiled = call.lower(*args).compile()
             assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels
             assert compiled.memory_analysis().peak_memory_in_bytes < 400 << 20
-    call, args = whole_attention(SingleDeviceSharding(chip))
+    call, args = whole_attention("tpu", SingleDeviceSharding(chip))
     assert call.lower(*args).compile().as_text().count('custom_call_target="tpu_custom_call"') == 3
 
 

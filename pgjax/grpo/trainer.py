@@ -200,12 +200,13 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         compilations, phases, weights = Compilations(), Phases(), matmul_weights(recipe.model)
         pending: list[Callable[[], None]] = []  # numbers of a step are read when the next one has been dispatched
 
-        def logged(step: int, metrics: Mapping[str, jax.Array], compiled: int, seconds: Callable[[], dict[str, float]]) -> None:
+        def logged(step: int, metrics: Mapping[str, jax.Array], compiled: int, waited: float, seconds: Callable[[], dict]) -> None:
             values = {name: float(value) for name, value in metrics.items()}
             counts = {name.removeprefix("count/"): values.pop(name) for name in metrics if name.startswith("count/")}
             values |= phase_metrics(recipe.model, weights, seconds(), counts, mesh.size, peak(jax.devices()[0]))
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-            run.log(step, values | {"perf/compilations": compiled, "perf/host_memory_gb": memory})
+            host = {"perf/compilations": compiled, "perf/host_memory_gb": memory, "timing_s/wait_for_batch": waited}
+            run.log(step, values | host)
             progress.update(step, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
 
         def catch_up() -> None:
@@ -216,15 +217,18 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         with Progress("train", config.steps, start=first, show=show) as progress, ThreadPoolExecutor(1, "load") as loader:
             upcoming = loader.submit(ahead, first)
             for step in range(first, config.steps):
+                clock = time.monotonic()
                 loaded = upcoming.result()
+                waited = time.monotonic() - clock
                 if step + 1 < config.steps:
                     upcoming = loader.submit(ahead, step + 1)
-                with traced(run_path / "profile", profile and step == min(first + 2, config.steps - 1)):
+                with traced(run_path / "profile", profile and step == min(first + 2, config.steps - 1)) as finish:
                     phases.begin()
                     state, metrics = grpo_step(programs, materials.bank, recipe, state, reference, step, loaded, phases.done)
                     seconds = phases.split()
+                    finish(metrics)
                 catch_up()
-                pending.append(partial(logged, step + 1, metrics, compilations.take(), seconds))
+                pending.append(partial(logged, step + 1, metrics, compilations.take(), waited, seconds))
                 scores = {}
                 if due(step + 1, config.validate_every, config.steps):
                     catch_up()
@@ -239,13 +243,13 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
 
 
 @contextmanager
-def traced(folder: Path, wanted: bool) -> Iterator[None]:
-    """A trace of what happens inside, for Perfetto and XProf."""
+def traced(folder: Path, wanted: bool) -> Iterator[Callable]:
+    """A trace of what happens inside, for Perfetto and XProf; yields what waits for the last outputs that belong to it."""
     if not wanted:
-        yield
+        yield lambda outputs: None
         return
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
-        yield
+        yield jax.block_until_ready
     print(f"trace: {folder} (XProf), and perfetto_trace.json.gz in it (https://ui.perfetto.dev)", file=sys.stderr)
 
 

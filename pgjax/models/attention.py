@@ -2,9 +2,8 @@
 
 `attention` works on pairs of a query block and a key block, and only on those of which a part may be seen: scores exist for one
 pair at a time, work grows with what is seen, and a row may hold several prompts. It has one VJP, from the saved log-sum-exp, and
-three backends, chosen by the platform that a program is compiled for: Pallas kernels on TPU and GPU (models/flash.py), the loops
-below elsewhere. Merging a call for the prompt with one for the answer instead would lose the gradient through the log-sum-exp
-(DESIGN section 6, traps).
+three backends, by the platform of the mesh: Pallas kernels on TPU and GPU (models/flash.py), the loops below elsewhere. Merging a
+call for the prompt with one for the answer instead would lose the gradient through the log-sum-exp (DESIGN section 6, traps).
 
 `lane_attention` is decoding: one new token per lane against a prompt's cache and the lane's own.
 """
@@ -52,36 +51,34 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments) -> j
     ids = jnp.stack([segments.group, segments.sample, segments.order])
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _attend(q, k, v, ids)
+        return attend(q, k, v, ids, jax.default_backend())
     if k.shape[2] % mesh.shape["tensor"] and not q.shape[2] % mesh.shape["tensor"]:
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))  # every device holds the keys of its own queries
     place = lambda x, *names: spec(names, x.shape, TRAINING, mesh)  # noqa: E731
     heads = [place(x, "batch", None, axis, None) for x, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))]
-    own = jax.shard_map(_attend, mesh=mesh, in_specs=(*heads, place(ids, None, "batch", None)), out_specs=heads[0], check_vma=False)
-    return own(q, k, v, ids)
+    specs = dict(in_specs=(*heads, place(ids, None, "batch", None)), out_specs=heads[0])
+    return jax.shard_map(partial(attend, platform=mesh.abstract_device.platform), mesh=mesh, check_vma=False, **specs)(q, k, v, ids)
 
 
-@jax.custom_vjp
-def _attend(q, k, v, ids):
-    """`attention` on one device; ids int32 [3, B, S]."""
-    return _forward(q, k, v, ids)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q, k, v, ids, platform: str):
+    """`attention` on one device of a platform, as JAX names it; ids int32 [3, B, S]."""
+    return _forward(q, k, v, ids, platform)[0]
 
 
-def _forward(q, k, v, ids):
-    kernels = {"tpu": partial(_kernel_forward, "tpu"), "cuda": partial(_kernel_forward, "gpu")}
-    found = jax.lax.platform_dependent(q, k, v, ids, **kernels, default=_loop_forward)
+def _forward(q, k, v, ids, platform: str):
+    found = _kernel_forward(platform, q, k, v, ids) if platform in BLOCK else _loop_forward(q, k, v, ids)
     out, lse_BSH = (checkpoint_name(x, "attention") for x in found)
     return out, (q, k, v, ids, out, lse_BSH)
 
 
-def _backward(saved, d_out):
+def _backward(platform: str, saved, d_out):
     q, k, v, ids, out, lse_BSH = saved
-    delta_BSH = jnp.einsum("bshc,bshc->bsh", out, d_out, **FLOAT32)
-    kernels = {"tpu": partial(_kernel_backward, "tpu"), "cuda": partial(_kernel_backward, "gpu")}
-    return *jax.lax.platform_dependent(q, k, v, ids, delta_BSH, lse_BSH, d_out, **kernels, default=_loop_backward), None
+    args = q, k, v, ids, jnp.einsum("bshc,bshc->bsh", out, d_out, **FLOAT32), lse_BSH, d_out
+    return *(_kernel_backward(platform, *args) if platform in BLOCK else _loop_backward(*args)), None
 
 
-_attend.defvjp(_forward, _backward)
+attend.defvjp(_forward, _backward)
 
 
 # --- pairs of blocks ------------------------------------------------------------------------------------------------------------
