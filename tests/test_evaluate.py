@@ -48,14 +48,14 @@ def evaluated(written, full: bool):
     m, p, batches = materials(), machine(), []
     queue = [m.held_out.batch(k, PROMPTS) for k in range(m.held_out.batches(PROMPTS))]
 
-    def rollout(weights, prompt, gold, step, *, group, greedy):
+    def rollout(weights, prompt, gold, *, group, greedy):
         batch = queue.pop(0)
         texts = [written(*row, category) for row, category in zip(batch.rows, batch.gold.category_P, strict=False)]
         texts += [texts[0]] * (PROMPTS - len(texts))
         tokens_PGR, length_PG = answer_arrays([[text] for text in texts], m.tokenizer, R)
         final_PG = answers.run(m.automaton, jnp.asarray(tokens_PGR), jnp.asarray(length_PG), jnp.asarray(batch.gold.modality_P)[:, None])
         empty = jnp.zeros(tokens_PGR.shape)
-        return Rollout(jnp.asarray(tokens_PGR), empty, empty.astype(jnp.int32), jnp.asarray(length_PG), final_PG)
+        return Rollout(jnp.asarray(tokens_PGR), empty, empty.astype(jnp.int32), jnp.asarray(length_PG), final_PG), None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(p, "rollout", rollout)
