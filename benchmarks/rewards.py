@@ -6,8 +6,9 @@ Answers to toy prompts, a quarter of them broken in some way; the published vari
 
 * strings: decode each answer, parse it with a regular expression, embed in one batch the names that the rules compare, score it
   (tests/reference_reward.py);
-* pgjax: the automaton over the tokens, then what `Programs.judge` does of a step: names read and tokenized on the host, then verdict,
-  embedding, similarities with the bank and rewards in one program. In training the automaton's end state comes with the rollout;
+* pgjax: the automaton over the tokens, then what `Programs.judge` does of a step: the names that the rules compare read and
+  tokenized on the host, each once, then verdict, embedding, similarities with the bank and rewards in one program. In training the
+  automaton's end state comes with the rollout;
 * pgjax, arrays alone: the same without the work on the host;
 * "no embedder": the rules with a zero vector for every name, since the embedder takes most of the time of the others.
 
@@ -31,7 +32,7 @@ from pgjax.data.schema import CATEGORY_NODE, CATEGORY_OOD
 from pgjax.data.toy import toy_answers
 from pgjax.generate.decode import Rollout
 from pgjax.generate.score import answer_rows
-from pgjax.grpo.programs import Judge, Programs, read_names
+from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.recipes import load_recipe
 from pgjax.tokenizer import answer_texts, stop_ids
@@ -121,23 +122,23 @@ def measure(answers: int, group: int, repeats: int) -> list[dict]:
         return Rollout(tokens_PGR, none, none, length_PG, automaton.run(machine, tokens_PGR, length_PG, modality_PG))
 
     rolled = lambda: read(materials.automaton, tokens, length, gold.modality_P)  # noqa: E731
-    host = lambda rollout: read_names(rollout, tokenizer, embedder, recipe.reward.name_tokens, setup.mesh)  # noqa: E731
     strings = lambda embed: string_rewards(tokens_PGR, length_PG, rows, phrases, tokenizer, embed)  # noqa: E731
-    judged = lambda rollout, names, mask: programs._judge(rollout, gold, names, mask, bank, programs.encoder).reward_PG  # noqa: E731
-    names, mask = host(rolled())
+    judged = lambda rollout, *names: programs._judge(rollout, gold, *names, bank, programs.encoder).reward_PG  # noqa: E731
+    names, mask, whose = programs.names(rolled(), gold)
     none, zeros = jax.numpy.zeros_like(mask), lambda names: np.zeros((len(names), embedder.E), np.float32)
 
     def without_embedder():
         rollout = rolled()
-        return judged(rollout, host(rollout)[0], none)
+        names, _, whose = programs.names(rollout, gold)
+        return judged(rollout, names, none, whose)
 
     paths = {
         "strings": lambda: strings(embedder.texts),
         "pgjax": lambda: programs.judge(rolled(), gold, bank).reward_PG,
-        "pgjax, arrays alone": lambda: judged(rolled(), names, mask),
+        "pgjax, arrays alone": lambda: judged(rolled(), names, mask, whose),
         "strings, no embedder": lambda: strings(zeros),
         "pgjax, no embedder": without_embedder,
-        "pgjax, arrays alone, no embedder": lambda: judged(rolled(), names, none),
+        "pgjax, arrays alone, no embedder": lambda: judged(rolled(), names, none, whose),
     }
     found = []
     for path, f in paths.items():

@@ -34,6 +34,7 @@ from PIL import Image
 
 WARM_UP, TRIAL = 2, 3  # steps that do not count; steps for which each of TRL's settings is tried
 PHASES = ("generate", "logprobs", "update", "other", "whole step")
+PHASE_OF = {"encode": "generate", "prefill": "generate", "decode": "generate", "score": "logprobs", "reward": "other", "load": "other"}
 SIDE = 56  # pixels of a picture: 16 patches, 4 visual tokens
 QUESTIONS = ("Is the parcel in this picture ready for the tram?", "May I lend the kite shown here to a neighbour?")
 
@@ -108,12 +109,12 @@ def ours(folder: Path, size: str, steps: int, threads: int) -> dict:
     from pgjax.generate.law import Law
     from pgjax.generate.score import pack, score
     from pgjax.grpo.programs import Judge, Judged, Programs
+    from pgjax.grpo.trainer import grpo_step
     from pgjax.models.sentence_encoder import Embedder
     from pgjax.parallel.mesh import make_mesh, place_rows
     from pgjax.tokenizer import load_tokenizer
     from pgjax.train.materials import cache_dir
     from pgjax.train.setup import make_setup
-    from pgjax.train.trainable import merge
     from pgjax.train.update import make_optimizer
 
     recipe, tokenizer = make_recipe(size), load_tokenizer(folder)
@@ -121,8 +122,10 @@ def ours(folder: Path, size: str, steps: int, threads: int) -> dict:
     automaton = answers.build(tokenizer, answers.id_grid(1, 1), vocab=V, cache_dir=cache_dir())
     automaton = automaton.replace(stop_V=jnp.zeros_like(automaton.stop_V))
     setup, optimizer = make_setup(recipe.model, make_mesh(MeshConfig(), jax.devices()[:1])), make_optimizer(recipe.grpo.optimizer, steps)
-    nothing = Embedder(None, {}, None, "none")  # no program here embeds
+    nothing = Embedder(None, {}, None, "none")
     programs = Programs(recipe, setup, optimizer, automaton, tokenizer, Judge(nothing, None))
+    even = jax.jit(lambda tokens_PGR: (tokens_PGR % 2 == 0).mean(-1))  # in place of the reward, which would embed names
+    programs.judge = lambda rollout, gold, bank: Judged(None, even(rollout.tokens_PGR), {}, None, None)
     full = lambda value: np.full(P, value, np.int32)  # noqa: E731
     gold = Gold(
         full(TEXT_IMAGE), full(SAFE), full(SAFE), full(CATEGORY_NONE), full(-1), np.zeros((P, len(automaton.ids)), np.int32),
@@ -139,37 +142,30 @@ def ours(folder: Path, size: str, steps: int, threads: int) -> dict:
             prompts.append(Prompt(number, text, [file.getvalue()]))
         return prompt_batch(prompts, tokenizer, recipe.model.vision, recipe.data.prompt_tokens, recipe.data.patches)
 
-    def grpo_step(state, reference, step: int):
-        """As grpo/trainer.py has it, each phase waited for: (state, seconds by phase)."""
+    def timed_step(state, reference, step: int):
+        """(state, seconds by phase) of a step of the trainer's, each phase waited for."""
         seconds, began = defaultdict(float), time.perf_counter()
         last = began
 
-        def lap(phase, value):
+        def done(phase, outputs):
             nonlocal last
-            jax.block_until_ready(value)
+            jax.block_until_ready(outputs)
             now = time.perf_counter()
-            seconds[phase], last = seconds[phase] + now - last, now
-            return value
+            seconds[PHASE_OF.get(phase, phase)] += now - last
+            last = now
 
-        batch, rows = lap("other", place_rows((host_batch(), gold), programs.mesh))
-        policy = merge(state.params, reference)
-        weights = programs.gather(policy)
-        visual = programs.encode(weights, batch)
-        rollout = lap("generate", programs.rollout(weights, batch, rows, jnp.int32(step), visual, group=G, greedy=False))
-        judged = Judged(None, (rollout.tokens_PGR % 2 == 0).mean(-1), {}, None, None)
-        packed = lap("other", programs.pack(rollout, programs.packed_width(rollout)))
-        old_PQ = programs.score(policy, batch, packed, rows, visual)
-        ref_PQ = lap("logprobs", programs.score(reference, batch, packed, rows, visual))
-        experience, _ = lap("other", programs.experience(rollout, judged, batch, rows, packed, old_PQ, ref_PQ, visual))
-        state, _ = lap("update", programs.update(state, reference, experience, jnp.int32(0)))
-        assert (np.asarray(rollout.length_PG) == R).all()
+        loaded = place_rows((host_batch(), gold), programs.mesh)
+        done("load", loaded)
+        state, metrics = grpo_step(programs, None, recipe, state, reference, step, loaded, done)
+        done("update", state)
+        assert metrics["response_length/mean"] == R
         return state, dict(seconds) | {"whole step": last - began}
 
     params = setup.load(folder)
     reference = setup.reference(params)
     state, laps = setup.state(params, optimizer), []
     for step in range(WARM_UP + steps):
-        state, seconds = grpo_step(state, reference, step)
+        state, seconds = timed_step(state, reference, step)
         laps.append(seconds)
 
     with np.load(folder / "answers.npz") as file:

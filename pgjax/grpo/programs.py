@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.experimental.multihost_utils import process_allgather
 
 from pgjax import automaton as answers
 from pgjax.automaton import Automaton, Verdict
 from pgjax.bank import Bank, similarity
 from pgjax.config import Recipe
-from pgjax.data.schema import Gold, PromptBatch
+from pgjax.data.schema import CATEGORY_OOD, Gold, PromptBatch
 from pgjax.generate.decode import Rollout, decode, encode, prefill
 from pgjax.generate.labels import answer_scorer
 from pgjax.generate.lanes import Slots
@@ -40,7 +41,7 @@ class Judged:
     verdict: Verdict  # [P, G]
     reward_PG: jax.Array
     terms: dict[str, jax.Array]  # [P, G] each
-    similarity_PGS: jax.Array  # of the predicted name with its gold's phrases; 0 where there is none
+    similarity_PGS: jax.Array  # of a free name with its gold's phrases where gold lies outside the policy; else 0
     valid_PS: jax.Array
 
 
@@ -86,16 +87,6 @@ class Judge(NamedTuple):
     bank: Bank
 
 
-def read_names(rollout: Rollout, tokenizer, embedder: Embedder, width: int, mesh) -> tuple[jax.Array, jax.Array]:
-    """Predicted category texts as embedder tokens and mask [P, G, W], each process for its own rows: the step's only work on strings."""
-    tokens_PGR, length_PG = local_rows(rollout.tokens_PGR), local_rows(rollout.length_PG)
-    P, G = length_PG.shape
-    names = [answers.category_text(text) or "" for text in answer_texts(tokenizer, tokens_PGR, length_PG)]
-    tokens, mask = embedder.tokenize(names, width)
-    mask &= np.array([bool(name) for name in names])[:, None]
-    return place_rows((tokens.reshape(P, G, width), mask.reshape(P, G, width)), mesh)
-
-
 class Programs:
     """Jitted programs for one recipe on one mesh. Attributes are functions; there is no state but their compilations."""
 
@@ -105,6 +96,7 @@ class Programs:
         model, mesh, config = setup.model, setup.mesh, recipe.grpo
         G, R, loss = recipe.rollout.group, recipe.answer.max_tokens, config.loss
         self.mesh, self.tokenizer, self.embedder, self.recipe = mesh, tokenizer, judge.embedder, recipe
+        self.free_A = np.isin(automaton.kind_A, (answers.NAME, answers.NONE_LIKE))
         automaton = jax.device_put(automaton, replicated(mesh))
         blocked_V = jax.device_put(never_sampled(tokenizer, model.config.text.vocab), replicated(mesh))
         encoder = jax.device_put(judge.embedder.params, replicated(mesh))
@@ -136,11 +128,12 @@ class Programs:
             cut = dict(top_k=by.top_k, top_p=by.top_p, lanes=by.lanes, rows=by.rows if by.rows < P else 0)
             return decode(model, weights, batch, gold.modality_P, start, law(outcome(gold)), key, step, group=group, greedy=greedy, **cut)
 
-        def judged(rollout: Rollout, gold: Gold, names, mask, bank: Bank, encoder) -> Judged:
-            P, G, W = names.shape
+        def judged(rollout: Rollout, gold: Gold, names_BW, mask_BW, name_PG, bank: Bank, encoder) -> Judged:
             verdict = answers.verdict(automaton, rollout.final_PG)
-            embed = lambda: judge.embedder.module.apply({"params": encoder}, names.reshape(P * G, W), mask.reshape(P * G, W))  # noqa: E731
-            name_PGE = jax.lax.cond(mask.any(), embed, lambda: jnp.zeros((P * G, judge.embedder.E))).reshape(P, G, -1)
+            embed = lambda: judge.embedder.module.apply({"params": encoder}, names_BW, mask_BW)  # noqa: E731
+            name_BE = jax.lax.cond(mask_BW.any(), embed, lambda: jnp.zeros((len(names_BW), judge.embedder.E)))
+            name_BE = jax.lax.with_sharding_constraint(name_BE, everywhere)  # few: each device then takes those of its rows
+            name_PGE = jnp.where(name_PG[..., None] >= 0, name_BE[name_PG], 0)
             similarity_PGS, valid_PS = similarity(bank, name_PGE, gold.node_P)
             reward_PG, terms = reward(
                 verdict, gold, similarity_PGS, valid_PS, bank.max_threshold, bank.mean_threshold, recipe.reward.variant
@@ -247,12 +240,32 @@ class Programs:
         self.score_given = answer_scorer(model, Law(blocked_V, automaton, jnp.ones((1, 1), bool), R), mesh)
         self.experience = program(experience, (on_rows, everywhere))
         self.update = program(updated, (setup.state_shardings(optimizer), everywhere), donate_argnums=0)
-        self.encoder, self.answers_of_row = encoder, answers_of_row
+        self.encoder, self.answers_of_row, self.shards = encoder, answers_of_row, shards
+
+    def names(self, rollout: Rollout, gold: Gold) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What is compared with the bank, free names at gold outside the policy: each once as embedder tokens and mask [B, W], and which
+        of them an answer gives, int32 [P, G], -1 for none. The step's only work on strings, each process for its own rows.
+
+        B is 8 names for each shard of the batch, or as often doubled as the process with most needs: programs are compiled for few B.
+        """
+        ood_P = local_rows(gold.category_P) == CATEGORY_OOD
+        asked_PG = self.free_A[local_rows(rollout.final_PG)] & ood_P[:, None]
+        texts = answer_texts(self.tokenizer, *(local_rows(x)[asked_PG] for x in (rollout.tokens_PGR, rollout.length_PG)))
+        number: dict[str, int] = {}
+        name_PG = np.full(asked_PG.shape, -1, np.int32)
+        name_PG[asked_PG] = [number.setdefault(answers.category_text(text) or "", len(number)) for text in texts]
+
+        B, most = 8 * self.shards // jax.process_count(), process_allgather(np.int32(len(number))).max()
+        while B < most:
+            B *= 2
+        tokens_BW, mask_BW = self.embedder.tokenize(list(number), self.recipe.reward.name_tokens)
+        pad = ((0, B - len(number)), (0, 0))
+        name_PG[asked_PG] += jax.process_index() * B
+        return place_rows((np.pad(tokens_BW, pad), np.pad(mask_BW, pad), name_PG), self.mesh)
 
     def judge(self, rollout: Rollout, gold: Gold, bank: Bank) -> Judged:
         """Verdict, similarity and reward of a rollout's answers."""
-        names, mask = read_names(rollout, self.tokenizer, self.embedder, self.recipe.reward.name_tokens, self.mesh)
-        return self._judge(rollout, gold, names, mask, bank, self.encoder)
+        return self._judge(rollout, gold, *self.names(rollout, gold), bank, self.encoder)
 
     def rollout(self, weights: dict, batch: PromptBatch, gold: Gold, step: int = 0, *, group: int, greedy: bool) -> tuple[Rollout, Slots]:
         """Encode, prefill and decode."""

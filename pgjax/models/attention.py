@@ -166,7 +166,8 @@ def _add(x, value, index):
 
 
 # Queries lie as [blocks, K, C, group * block] and keys as [blocks, K, block, C], so that scores are [K, keys, queries]: XLA on CPUs
-# reduces fast over an axis that is not the last.
+# reduces fast over an axis that is not the last. What is done to single scores has the group's axis apart: the mask, which lacks it,
+# would otherwise have to be indexed by remainders, and keep exp from being vectorized.
 
 
 def _cut_q(x, block: int, K: int):
@@ -179,6 +180,11 @@ def _join_q(x, block: int, like):
     B, S, H = like.shape[:3]
     x = x.reshape(x.shape[0], x.shape[1], x.shape[2], -1, block).transpose(0, 4, 1, 3, 2)
     return x.reshape(B, -1, H, x.shape[-1])[:, :S].astype(like.dtype)
+
+
+def _together(x):
+    """[..., group, block] -> [..., group * block]"""
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def _cut_k(x, block: int):
@@ -212,14 +218,14 @@ class _Loop:
         return cls(_cut_q(q, block, k.shape[2]), _cut_k(k, block), _cut_k(v, block), ids, pairs, whole_M)
 
     def scores(self, m):
-        """Masked scores [K, keys, queries] of pair number m."""
+        """Masked scores [K, keys, group, queries] of pair number m."""
         i, j = self.pairs.q_M[m], self.pairs.k_M[m]
         score = jnp.einsum("ksc,kcq->ksq", _at(self.k, j), _at(self.q, i), **FLOAT32) * self.k.shape[-1] ** -0.5
         mask = lambda query, key: jnp.where(seen(query[:, None], key[:, :, None]), 0.0, MASKED)  # noqa: E731
         none = lambda query, key: jnp.zeros((key.shape[1], query.shape[1]))  # noqa: E731
         # A branch of its own keeps XLA from working the mask out anew for every head and use.
         mask = jax.lax.cond(self.whole_M[m], none, mask, _at(self.ids, i), _at(self.ids, j))
-        return (score.reshape(*score.shape[:2], -1, mask.shape[1]) + mask[:, None]).reshape(score.shape)
+        return score.reshape(*score.shape[:2], -1, mask.shape[1]) + mask[:, None]
 
 
 def _loop_forward(q, k, v, ids):
@@ -233,13 +239,14 @@ def _loop_forward(q, k, v, ids):
         before = _at(top, i)
         now = jnp.maximum(before, score.max(axis=1))
         weight, shrink = jnp.exp(score - now[:, None]), jnp.exp(before - now)
-        value = jnp.einsum("ksc,ksq->kcq", _at(loop.v, pairs.k_M[m]), weight.astype(v.dtype), **FLOAT32)
+        value = jnp.einsum("ksc,ksq->kcq", _at(loop.v, pairs.k_M[m]), _together(weight).astype(v.dtype), **FLOAT32)
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
-        return put(out, _at(out, i) * shrink[:, None] + value), put(top, now), put(total, _at(total, i) * shrink + weight.sum(axis=1))
+        out = put(out, _at(out, i) * _together(shrink)[:, None] + value)
+        return out, put(top, now), put(total, _at(total, i) * shrink + weight.sum(axis=1))
 
-    zeros = jnp.zeros((loop.q.shape[0], loop.q.shape[1], loop.q.shape[3]))
+    zeros = jnp.zeros((*loop.q.shape[:2], loop.q.shape[3] // block, block))
     out, top, total = jax.lax.fori_loop(0, pairs.count, visit, (jnp.zeros(loop.q.shape), zeros + UNSEEN, zeros))
-    total = jnp.maximum(total, 1e-30)
+    top, total = _together(top), _together(jnp.maximum(total, 1e-30))
     lse = _join_q((top + jnp.log(total))[:, :, None], block, jax.ShapeDtypeStruct(q.shape, jnp.float32))
     return _join_q(out / total[:, :, None], block, q), lse[..., 0]
 
@@ -249,6 +256,7 @@ def _loop_backward(q, k, v, ids, delta, lse, d_out):
     loop = _Loop.over(q, k, v, ids, block)
     pairs, scale = loop.pairs, q.shape[-1] ** -0.5
     d_out, delta, lse = (_cut_q(x, block, K) for x in _fill(block, d_out, delta[..., None], lse[..., None]))
+    delta, lse = (x.reshape(*x.shape[:3], -1, block) for x in (delta, lse))
 
     def visit(m, carry):
         d_q, d_k, d_v = carry
@@ -256,7 +264,8 @@ def _loop_backward(q, k, v, ids, delta, lse, d_out):
         q_i, d_i = _at(loop.q, i), _at(d_out, i)
         weight = jnp.exp(loop.scores(m) - _at(lse, i))
         d_weight = jnp.einsum("ksc,kcq->ksq", _at(loop.v, j), d_i, **FLOAT32)
-        d_score = (weight * (d_weight - _at(delta, i)) * scale).astype(q.dtype)
+        d_score = _together(weight * (d_weight.reshape(weight.shape) - _at(delta, i)) * scale).astype(q.dtype)
+        weight = _together(weight)
         d_q = _add(d_q, jnp.einsum("ksc,ksq->kcq", _at(loop.k, j), d_score, **FLOAT32), i)
         d_k = _add(d_k, jnp.einsum("ksq,kcq->ksc", d_score, q_i, **FLOAT32), j)
         d_v = _add(d_v, jnp.einsum("ksq,kcq->ksc", weight.astype(v.dtype), d_i, **FLOAT32), j)

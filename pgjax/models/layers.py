@@ -4,6 +4,8 @@ Kernels keep heads as axes of their own, `[D, H, C]`, so that sharding never cut
 reshapes a checkpoint's `[H * C, D]` by the leaf's shape (models/checkpoint.py).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -49,7 +51,7 @@ class Linear(nn.Module):
             self.scale, "fan_in", "normal", in_axis=tuple(range(self.inputs)), out_axis=tuple(range(self.inputs, len(shape)))
         )
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape)
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), self.inputs)
+        y = self.product(x, kernel)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.inputs :])
             y = y + self.param("bias", zeros, self.features).astype(self.dtype)
@@ -62,6 +64,14 @@ class Linear(nn.Module):
             lora_b = self.param("lora_b", up, (rank, *self.features)).astype(self.dtype)
             y = y + jnp.tensordot(jnp.tensordot(x.astype(self.dtype), lora_a, self.inputs), lora_b, 1) * (alpha / rank)
         return y
+
+    def product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """x . kernel as a product of matrices: of more axes XLA transposes the operands of gradients, on CPUs element by element."""
+        shape, width = x.shape[: -self.inputs] + self.features, math.prod(x.shape[-self.inputs :])
+        # A sharded axis of features stays one, unless it leads.
+        features = self.features if any(self.axes[self.inputs + 1 :]) else (math.prod(self.features),)
+        x, kernel = x.reshape(-1, width), kernel.reshape(width, *features)
+        return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), 1).reshape(shape)
 
 
 class RMSNorm(nn.Module):
