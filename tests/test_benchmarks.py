@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -19,6 +20,28 @@ def test_rewards():
     assert all(row["answers"] == 64 and row["group"] == 8 and row["samples_per_s"] > 0 for row in rows)
     for strings, *ours in (rows[:3], rows[3:]):
         assert strings["ratio"] == 1 and all(r["ratio"] == r["samples_per_s"] / strings["samples_per_s"] for r in ours)
+
+
+def test_rollout():
+    import lengths
+    import rollout
+
+    P, G, R = 16, 4, 64
+    sizes = dict(prompts=P, group=G, limit=R, mean=20, micro=[8, 16])
+    rows = rollout.measure(rows=[8, P], lanes=[G], shards=[1, 8], **sizes)  # raises where tokens and used slots differ in number
+    assert len(rows) == len(lengths.LAWS) * 2 * 2
+    for row in rows:
+        assert row["mean"] <= row["max"] <= R and row["static_waste"] == row["max"] / row["mean"]
+        assert 1 <= row["waste_before_tail"] and 1 <= row["waste"] and all(0 <= row[f"pad_share, micro {n}"] < 1 for n in (8, 16))
+        if row["rows"] == P:  # every answer has its own lane, as in a static loop
+            assert row["waste"] == pytest.approx(row["static_waste"])
+    assert all(row["waste"] == 1 for row in rows if row["law"] == "equal")
+    # With one row all tokens go through its one lane, one after the other.
+    assert {row["waste"] for row in rollout.measure(rows=[1], lanes=[1], shards=[1], **sizes)} == {1}
+
+    for law in lengths.LAWS:
+        drawn = lengths.quantiles(law, 1024)
+        assert drawn.mean() == pytest.approx(300, abs=0.6) and 1 <= drawn.min() and drawn.max() <= 1024 and (np.diff(drawn) >= 0).all()
 
 
 @pytest.mark.parity
