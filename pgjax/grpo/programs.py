@@ -3,6 +3,7 @@
 Every [P, ...] array lies by rows over (data, fsdp); scalars are replicated. The trainer calls them in order.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 from pgjax import automaton as answers
 from pgjax.automaton import Automaton, Verdict
 from pgjax.bank import Bank, similarity
-from pgjax.config import Recipe
+from pgjax.config import GRPOConfig, Recipe
 from pgjax.data.schema import CATEGORY_OOD, Gold, PromptBatch
 from pgjax.generate.decode import Rollout, decode, encode, prefill
 from pgjax.generate.labels import answer_scorer
@@ -87,6 +88,28 @@ class Judge(NamedTuple):
     bank: Bank
 
 
+def chosen(length_PG: jax.Array, informative_P: jax.Array, config: GRPOConfig, shards: int) -> Choice:
+    """Each share of the batch deals its prompts out to the mini-batches, each mini-batch on a shard its own to rows, so that all have
+    about as many tokens. Mini-batches are then the same on every mesh that divides the shares."""
+    shares, per_row = config.shares or shards, config.micro_prompts // shards
+    minis, micros = config.prompts // config.mini_prompts, config.mini_prompts // config.micro_prompts
+
+    def of_share(tokens_P, informative_P):
+        index_K, weight_K = select(informative_P, config.prompts // shares)
+        order_K = balanced(tokens_P[index_K], config.mini_prompts // shares)
+        return index_K[order_K].astype(jnp.int32), weight_K[order_K], tokens_P[index_K[order_K]]
+
+    tokens_P = length_PG.sum(axis=1)
+    index, weight, tokens = jax.vmap(of_share)(*(x.reshape(shares, -1) for x in (tokens_P, informative_P)))
+    index += (jnp.arange(shares) % (shares // shards) * (len(tokens_P) // shares))[:, None]
+    by_mini = lambda x: x.reshape(shards, shares // shards, minis, -1).swapaxes(1, 2).reshape(shards, minis, -1)  # noqa: E731
+    index, weight, tokens = map(by_mini, (index, weight, tokens))
+    order = jax.vmap(jax.vmap(lambda tokens: balanced(tokens, per_row)))(tokens)
+    # Row l of a shard belongs to mini-batch l % minis, and there to micro-batch l // minis: see split_rows.
+    by_row = lambda x: jnp.take_along_axis(x, order, axis=2).reshape(shards, minis, micros, per_row).swapaxes(1, 2)  # noqa: E731
+    return Choice(by_row(index).reshape(-1), by_row(weight).reshape(-1), by_row(tokens).sum(axis=-1).max())
+
+
 class Programs:
     """Jitted programs for one recipe on one mesh. Attributes are functions; there is no state but their compilations."""
 
@@ -120,7 +143,7 @@ class Programs:
 
         minis, micros = config.prompts // config.mini_prompts, config.mini_prompts // config.micro_prompts
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        shares, per_row = config.shares or shards, config.micro_prompts // shards
+        per_row = config.micro_prompts // shards
         answers_of_row = per_row * G
 
         def decoded(weights, batch: PromptBatch, gold: Gold, start, step, *, group, greedy):
@@ -139,25 +162,6 @@ class Programs:
                 verdict, gold, similarity_PGS, valid_PS, bank.max_threshold, bank.mean_threshold, recipe.reward.variant
             )
             return Judged(verdict, reward_PG, terms, similarity_PGS, valid_PS)
-
-        def chosen(length_PG, informative_P) -> Choice:
-            """Each share of the batch deals its prompts out to the mini-batches, each mini-batch on a shard its own to rows, so that all
-            have about as many tokens. Mini-batches are then the same on every mesh that divides the shares."""
-
-            def of_share(tokens_P, informative_P):
-                index_K, weight_K = select(informative_P, config.prompts // shares)
-                order_K = balanced(tokens_P[index_K], config.mini_prompts // shares)
-                return index_K[order_K].astype(jnp.int32), weight_K[order_K], tokens_P[index_K[order_K]]
-
-            tokens_P = length_PG.sum(axis=1)
-            index, weight, tokens = jax.vmap(of_share)(*(x.reshape(shares, -1) for x in (tokens_P, informative_P)))
-            index += (jnp.arange(shares) % (shares // shards) * (len(tokens_P) // shares))[:, None]
-            by_mini = lambda x: x.reshape(shards, shares // shards, minis, -1).swapaxes(1, 2).reshape(shards, minis, -1)  # noqa: E731
-            index, weight, tokens = map(by_mini, (index, weight, tokens))
-            order = jax.vmap(jax.vmap(lambda tokens: balanced(tokens, per_row)))(tokens)
-            # Row l of a shard belongs to mini-batch l % minis, and there to micro-batch l // minis: see split_rows.
-            by_row = lambda x: jnp.take_along_axis(x, order, axis=2).reshape(shards, minis, micros, per_row).swapaxes(1, 2)  # noqa: E731
-            return Choice(by_row(index).reshape(-1), by_row(weight).reshape(-1), by_row(tokens).sum(axis=-1).max())
 
         def pick(tree, choice: Choice):
             return jax.tree.map(lambda x: take_rows(x, choice.index_K, shards), tree)
@@ -234,7 +238,7 @@ class Programs:
         self.prefill = program(lambda weights, batch, visual: prefill(model, weights, batch, visual), None)
         self.decode = program(decoded, (on_rows, everywhere), static_argnames=("group", "greedy"))
         self._judge = program(judged)
-        self._choose = program(chosen, Choice(on_rows, on_rows, everywhere))
+        self._choose = program(partial(chosen, config=config, shards=shards), Choice(on_rows, on_rows, everywhere))
         self.arrange = program(arranged, static_argnames="width")
         self.score = program(scored)
         self.score_given = answer_scorer(model, Law(blocked_V, automaton, jnp.ones((1, 1), bool), R), mesh)

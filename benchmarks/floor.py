@@ -1,0 +1,181 @@
+"""A whole GRPO step beside its own floor: what its phases must compute and move, at the rates that the device reaches here.
+
+    python benchmarks/floor.py [--model small|toy|NAME] [--prompts 8] [--group 16] [--limit 128] [--steps 3] [--json]
+                               [any other key of a recipe, such as --rollout.lanes 4 --model.compute-dtype bfloat16]
+
+One device; toy conversations with pictures, the whole reward, one update on all prompts. `small` is the decoder of
+benchmarks/vs_trl.py with 6M parameters, `toy` that of the demo, other names are released shapes (pgjax/models/released.py); weights are
+random. Answers end at lengths drawn from benchmarks/lengths.py's lognormal law. The step is grpo/trainer.py's own, timed as in a run
+by train/phases.py; every step has the same prompts, keys and so lengths.
+
+floor_seconds of a phase is the larger of
+
+* FLOPs / matmul rate. FLOPs are train/flops.py's (matmul parameters, the head on response tokens) and those of attention: for each
+  query and layer 4 C H for every key that it sees; three times that in the update, twice in scoring (policy and reference);
+* in decode, bytes / copy rate. Bytes: the decoder and the head once for every token that all lanes sample at a time, a prompt's cache
+  once for each of its row's, an answer's own cache, as long as it is by then, once for each of its tokens.
+
+The matmul rate is the best of some shapes in the compute type, the copy rate that of an array as large as the weights (read and written).
+The floor has no padding, recomputation, optimiser, sampling, nor anything on the host; the reward's is 0.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lengths import forced, quantiles
+from timing import median_seconds, show
+from vs_trl import make_recipe
+
+from pgjax.config import AnswerConfig, GRPOConfig, MeshConfig, ModelConfig, Recipe, RolloutConfig
+from pgjax.data.schema import PromptBatch
+from pgjax.grpo.programs import Judge, Programs
+from pgjax.grpo.trainer import grpo_step, load
+from pgjax.models.released import RELEASED
+from pgjax.parallel.mesh import make_mesh
+from pgjax.recipes import load_recipe, override, validate
+from pgjax.train.flops import matmul_weights, phase_metrics
+from pgjax.train.materials import make_materials
+from pgjax.train.phases import Phases
+from pgjax.train.setup import make_setup
+from pgjax.train.trainable import frozen_tower
+from pgjax.train.update import make_optimizer
+
+PHASES = ("encode", "prefill", "decode", "score", "reward", "update")
+
+
+def step_recipe(model: str, prompts: int, group: int, limit: int) -> Recipe:
+    toy = load_recipe("toy")
+    small = dataclasses.replace(make_recipe("small").model.text, vocab=toy.model.text.vocab)
+    models = {"toy": toy.model, "small": dataclasses.replace(toy.model, text=small)} | RELEASED
+    return dataclasses.replace(
+        toy,
+        name=f"floor {model}",
+        model=models[model],
+        mesh=MeshConfig(),
+        devices=0,
+        data=dataclasses.replace(toy.data, train_examples=max(64, 4 * prompts), eval_examples=8),
+        answer=AnswerConfig(max_tokens=limit),
+        rollout=RolloutConfig(group=group),
+        grpo=GRPOConfig(prompts=prompts, mini_prompts=prompts, micro_prompts=prompts),
+    )
+
+
+def rates(dtype, weight_bytes: int) -> tuple[float, float]:
+    """This device's FLOP/s of matmuls and bytes/s of copies."""
+    multiply, matmul, n = jax.jit(jnp.matmul), 0.0, 512
+    while n <= 8192:
+        for rows, inner, columns in ((n, n, n), (4 * n, n, n), (n, 4 * n, n)):
+            x, y = jnp.ones((rows, inner), dtype), jnp.ones((inner, columns), dtype)
+            seconds = median_seconds(lambda x=x, y=y: multiply(x, y), 3)
+            matmul = max(matmul, 2 * rows * inner * columns / seconds)
+        n = n * 2 if seconds < 0.5 else 8193
+    x = jnp.ones(weight_bytes // 4, jnp.float32)
+    negative = jax.jit(jnp.negative)
+    return matmul, 2 * x.nbytes / median_seconds(lambda: negative(x), 9)
+
+
+def tower_pairs(model: ModelConfig, batch: PromptBatch) -> float:
+    """Pairs of patches that see each other, summed over the tower's blocks."""
+    number_PI, window = np.asarray(batch.image_PI), model.vision.window_patches
+    pairs = lambda number: sum(float((row == n).sum()) ** 2 for row in number for n in np.unique(row[row >= 0]))  # noqa: E731
+    full = len(model.vision.full_blocks) if model.vision.window else model.vision.depth
+    return full * pairs(number_PI) + (model.vision.depth - full) * pairs(number_PI.reshape(-1, window))
+
+
+def floors(
+    recipe: Recipe, batch: PromptBatch, length_PG: np.ndarray, flops: dict[str, float], matmul: float, copy: float
+) -> dict[str, float]:
+    """Seconds that each phase takes at least; `flops` are train/flops.py's."""
+    text, prompt_P = recipe.model.text, np.asarray(batch.length_P, float)
+    length_PG = length_PG.astype(float)
+    triangle = lambda n: n * (n + 1) / 2  # noqa: E731
+    each = 4 * text.head_dim * text.heads * text.layers
+    prompts, own = triangle(prompt_P).sum(), triangle(length_PG).sum()
+    answers = (prompt_P[:, None] * length_PG).sum() + own
+    tower = 4 * recipe.model.vision.width * tower_pairs(recipe.model, batch)
+    row = each * (prompts + answers) + (0 if frozen_tower(recipe.model) else tower)
+    attention = {"encode": tower, "prefill": each * prompts, "decode": each * answers, "score": 2 * row, "update": 3 * row}
+    seconds = {phase: (flops[phase] + attention.get(phase, 0)) / matmul for phase in PHASES}
+
+    # Tokens sampled one after the other: in a row at least those of its longest answer, and all of them through its lanes.
+    lanes, rows = recipe.rollout.lanes or recipe.rollout.group, recipe.rollout.rows or len(prompt_P)
+    turns_P = np.maximum(length_PG.max(1), length_PG.sum(1) / lanes)
+    turns = max(turns_P.max(), turns_P.sum() / rows)
+    size = jnp.dtype(recipe.model.compute_dtype).itemsize
+    weights, cached = matmul_weights(recipe.model), 2 * text.kv_heads * text.head_dim * text.layers
+    read = turns * (weights.decoder + weights.head) + cached * ((turns_P * prompt_P).sum() + own)
+    return seconds | {"decode": max(seconds["decode"], size * read / copy)}
+
+
+def measure(recipe: Recipe, steps: int) -> tuple[list[dict], dict]:
+    """Rows {phase, seconds, floor_seconds, ratio} with medians of `steps` steps after one, and what was measured."""
+    recipe = validate(recipe)
+    setup = make_setup(recipe.model, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with tempfile.TemporaryDirectory() as folder:
+        materials = make_materials(recipe, Path(folder))
+    optimizer = make_optimizer(recipe.grpo.optimizer, steps)
+    programs = Programs(recipe, setup, optimizer, materials.automaton, materials.tokenizer, Judge(materials.embedder, materials.bank))
+    params, loaded = setup.init(0), load(materials, recipe, setup.mesh, 0)
+    reference = setup.reference(params)
+    state, phases, laps, rollouts = setup.state(params, optimizer), Phases(), [], []
+
+    def done(phase: str, outputs) -> None:
+        phases.done(phase, outputs)
+        if phase == "decode":
+            rollouts[:] = [outputs]
+
+    with forced(quantiles("lognormal", recipe.answer.max_tokens), np.asarray(materials.automaton.stop_V)):
+        for _ in range(1 + steps):
+            phases.begin()
+            state, metrics = grpo_step(programs, materials.bank, recipe, state, reference, 0, loaded, done)
+            laps.append(phases.split()())
+    seconds = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
+
+    weights, length_PG = matmul_weights(recipe.model), np.asarray(rollouts[0].length_PG)
+    counts = {name.removeprefix("count/"): float(value) for name, value in metrics.items() if name.startswith("count/")}
+    found = phase_metrics(recipe.model, weights, seconds, counts, 1, None)
+    matmul, copy = rates(recipe.model.compute_dtype, (weights.decoder + weights.head) * jnp.dtype(recipe.model.compute_dtype).itemsize)
+    floor = floors(recipe, loaded[0], length_PG, {phase: found[f"perf/flops/{phase}"] for phase in PHASES}, matmul, copy)
+    floor, seconds["whole step"] = floor | {"whole step": sum(floor.values())}, seconds["step"]
+    notes = {
+        "parameters": sum(x.size for x in jax.tree.leaves(reference)),
+        "prompt_tokens": counts["prompt"] / len(length_PG),
+        "answer_tokens": counts["response"] / length_PG.size,
+        "matmul_rate": matmul,
+        "copy_rate": copy,
+    }
+    rows = [
+        {"phase": phase, "seconds": seconds[phase], "floor_seconds": least, "ratio": seconds[phase] / least if least else None}
+        for phase, least in floor.items()
+    ]
+    return rows, notes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=["small", "toy", *RELEASED], default="small")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--group", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=128, help="most tokens of an answer")
+    parser.add_argument("--steps", type=int, default=3, help="that count, after one that does not")
+    parser.add_argument("--json", action="store_true")
+    args, keys = parser.parse_known_args()
+    recipe = override(step_recipe(args.model, args.prompts, args.group, args.limit), keys)
+    rows, notes = measure(recipe, args.steps)
+    title = (
+        f"A GRPO step beside its floor ({args.model}, {notes['parameters'] / 1e6:.2f}M parameters, {recipe.model.compute_dtype}, one "
+        f"device): {recipe.grpo.prompts} prompts of {notes['prompt_tokens']:.0f} tokens (mean), {recipe.rollout.group} answers to each, "
+        f"{notes['answer_tokens']:.0f} (mean) of at most {recipe.answer.max_tokens} tokens; medians of {args.steps} steps. Matmuls reach "
+        f"{notes['matmul_rate'] / 1e9:.3g} GFLOP/s, copies {notes['copy_rate'] / 1e9:.3g} GB/s."
+    )
+    show(rows, args.json, title)
+
+
+if __name__ == "__main__":
+    main()
