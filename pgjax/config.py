@@ -126,7 +126,7 @@ class RolloutConfig:
     lanes: int = 0  # answers of a prompt that are decoded at a time; 0: all G
     rows: int = 0  # prompts that are decoded at a time, over all devices; 0: all
     oversample: int = 1  # prompts sampled for each that is trained on: groups whose rewards differ go first (DAPO's dynamic sampling)
-    packed_step: float = 0.9  # widths of packed rows: each this part of the next, up to whole answers; 0: that one width
+    packed_step: float = 0.95  # widths of packed rows: each this part of the next, up to whole answers; 0: that one width
 
 
 @dataclass(frozen=True)

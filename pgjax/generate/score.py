@@ -82,10 +82,13 @@ def pack_values(value_PGR: jax.Array, packed: Packed) -> jax.Array:
 
 def balanced(tokens_P: jax.Array, prompts: int) -> jax.Array:
     """Order int32 [P] in which every `prompts` prompts that follow each other have about the same number of tokens together: the
-    longest are dealt to the rows in turn, then the next longest in the opposite turn, and so on."""
-    order_P = jnp.argsort(-tokens_P, stable=True).reshape(prompts, -1)
-    turned = jnp.where(jnp.arange(prompts)[:, None] % 2 == 1, order_P[:, ::-1], order_P)
-    return turned.T.reshape(-1)
+    longest begin the rows; of the next longest the longest goes where least is, and so on."""
+    by_length = jnp.argsort(-tokens_P, stable=True).reshape(prompts, -1)
+    rows = by_length[0][:, None]
+    for longest_first in by_length[1:]:
+        least_first = jnp.argsort(tokens_P[rows].sum(axis=1), stable=True)
+        rows = jnp.concatenate([rows[least_first], longest_first[:, None]], axis=1)
+    return rows.reshape(-1)
 
 
 def per_answer(value_PQ: jax.Array, packed: Packed, group: int) -> jax.Array:
