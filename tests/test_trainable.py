@@ -11,13 +11,11 @@ import numpy as np
 import optax
 import pytest
 from tiny_qwen import QUICK
-from tiny_recipe import ONE, G, P, R, batch, host_params, materials, params, programs, setup, stopping, tiny_recipe
+from tiny_recipe import ONE, G, P, R, batch, given_experience, host_params, materials, params, programs, setup, stopping, tiny_recipe
 
-from pgjax import automaton as answers
 from pgjax.config import MeshConfig, Recipe
 from pgjax.generate.decode import Rollout
 from pgjax.grpo import trainer
-from pgjax.grpo.programs import Experience
 from pgjax.grpo.trainer import grpo_step, load, train
 from pgjax.models.qwen_vl import QwenVL
 from pgjax.parallel.mesh import make_mesh, place_rows
@@ -162,18 +160,15 @@ def one_update(mesh):
     zeros = np.zeros((P, G, R), np.int32)
     tokens_PGR, length_PG = rng.integers(0, 1000, zeros.shape).astype(np.int32), rng.integers(1, R + 1, (P, G)).astype(np.int32)
     rollout = Rollout(tokens_PGR, zeros.astype(np.float32), zeros, length_PG, zeros[..., 0])
-    given = rng.normal(size=(P, G)).astype(np.float32), rng.normal(0, 0.1, (P, G * R)).astype(np.float32), np.ones(P, np.float32)
+    advantage_PG, noise_PGR = (rng.normal(0, scale, shape).astype(np.float32) for scale, shape in ((1, (P, G)), (0.1, zeros.shape)))
     prompts, gold = batch()
-    outcome = answers.outcome_mask(None, gold.node_of_id_PK)
-    prompts, gold, rollout, outcome, (advantage_PG, noise_PQ, weight_P) = place_rows((prompts, gold, rollout, outcome, given), run.mesh)
-    packed, policy = run.pack(rollout, G * R), merge(state.params, reference)
-    visual = run.encode(run.gather(policy), prompts)
-    logp_PQ = run.score(policy, prompts, packed, gold, visual)
-    old_PQ, ref_PQ = (logp_PQ + sign * noise_PQ * packed.mask_PQ for sign in (1, -1))
-    experience = Experience(prompts, packed, outcome, old_PQ, ref_PQ, advantage_PG, weight_P, visual)
+    policy = merge(state.params, reference)
+    visual = run.encode(run.gather(policy), place_rows(prompts, run.mesh))
+    experience, logp_PGR = given_experience(run, policy, mesh, prompts, gold, rollout, advantage_PG, noise_PGR, visual=visual)
+    experience = experience.replace(old_PQ=2 * experience.old_PQ - experience.ref_PQ)  # noise the other way
     state, metrics = run.update(state, reference, experience, jnp.int32(0))
     gradient = jax.tree.map(lambda a, b: (a - np.asarray(b)) / RATE, start, state.params)
-    return np.asarray(logp_PQ), gradient, {name: float(value) for name, value in metrics.items()}
+    return logp_PGR, gradient, {name: float(value) for name, value in metrics.items()}
 
 
 def test_an_update_of_adapters_is_the_same_on_every_mesh():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_recipe import MESHES, ONE, G, P, R, batch, params, programs, setup, tiny_recipe
+from tiny_recipe import MESHES, ONE, G, P, R, batch, given_experience, params, programs, setup, tiny_recipe
 
 from pgjax.config import LossConfig, OptimizerConfig
 from pgjax.generate.decode import Rollout
@@ -55,26 +55,7 @@ def material(change: bool = False):
 
 
 def experience(run, weights, mesh=ONE, weight_P=None, change: bool = False) -> tuple[Experience, np.ndarray]:
-    """Logprobs by the scoring program, the rest given; also those logprobs by prompt, [P, G, R]."""
-    numbers = material(change)
-    prompts, gold, rollout = place_rows(numbers[:3], run.mesh)
-    choice, width = run.choose(rollout, None, gold)
-    rows = run.arrange(rollout, prompts, gold, choice, width=width)
-    old_PQ = run.score(weights, rows)
-    packed, index_K = jax.tree.map(np.asarray, rows.packed), np.asarray(choice.index_K)
-    shards = mesh[0] * mesh[1]
-    index_K = index_K + np.repeat(np.arange(shards) * (2 * P // shards), len(index_K) // shards)  # in the whole batch
-    advantage_KG, noise_KGR = (x[index_K] for x in numbers[3:])
-    weight_K = (np.ones(2 * P, np.float32) if weight_P is None else weight_P)[index_K]
-    lines = len(packed.tokens_PQ)
-    mask_PQ = packed.mask_PQ * np.take_along_axis(weight_K.reshape(lines, -1), packed.prompt_PQ, axis=1)
-    noise_PQ = pack_values(noise_KGR, packed)
-    given = place_rows((np.asarray(old_PQ + noise_PQ), advantage_KG.reshape(lines, -1), np.asarray(mask_PQ)), run.mesh)
-    by_prompt = np.zeros((2 * P, G, R), np.float32)
-    row, slot = np.nonzero(packed.sample_PQ >= 0)
-    prompt, sample = np.divmod(packed.sample_PQ[row, slot], G)
-    by_prompt[index_K.reshape(lines, -1)[row, prompt], sample, packed.offset_PQ[row, slot]] = np.asarray(old_PQ)[row, slot]
-    return Experience(rows, old_PQ, old_PQ, *given), by_prompt
+    return given_experience(run, weights, mesh, *material(change), weight_P)
 
 
 @functools.cache

@@ -27,8 +27,9 @@ from pgjax.config import (
     SFTConfig,
 )
 from pgjax.data.schema import Gold, PromptBatch
-from pgjax.grpo.programs import Judge, Programs
-from pgjax.parallel.mesh import make_mesh
+from pgjax.generate.score import pack_values
+from pgjax.grpo.programs import Experience, Judge, Programs
+from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.recipes import load_recipe, validate
 from pgjax.train.materials import Materials, make_materials
 from pgjax.train.setup import Setup, make_setup
@@ -121,3 +122,24 @@ def batch(rows: int = P) -> tuple[PromptBatch, Gold]:
     drawn = materials().train.batch(0, rows)
     assert len(set(drawn.gold.modality_P.tolist())) == 3
     return drawn.prompt, drawn.gold
+
+
+def given_experience(run: Programs, policy, mesh: Mesh, prompts, gold, rollout, advantage_PG, noise_PGR, weight_P=None, visual=None):
+    """An `Experience` of numpy numbers, by prompt, as a step arranges them: old logprobs by the scoring program, the reference's those
+    with noise; also the old logprobs by prompt, [P, G, R]."""
+    prompts, gold, rollout = place_rows((prompts, gold, rollout), run.mesh)
+    choice, width = run.choose(rollout, None, gold)
+    rows = run.arrange(rollout, prompts, gold, choice, visual, width=width)
+    old_PQ = run.score(policy, rows)
+    packed, shards = jax.tree.map(np.asarray, rows.packed), mesh[0] * mesh[1]
+    lines, prompts_of_shard = len(packed.tokens_PQ), len(advantage_PG) // shards
+    index_K = np.asarray(choice.index_K) + np.repeat(np.arange(shards) * prompts_of_shard, len(choice.index_K) // shards)
+    weight_K = (np.ones(len(advantage_PG), np.float32) if weight_P is None else weight_P)[index_K]
+    mask_PQ = packed.mask_PQ * np.take_along_axis(weight_K.reshape(lines, -1), packed.prompt_PQ, axis=1)
+    ref_PQ = np.asarray(old_PQ + pack_values(noise_PGR[index_K], packed))
+    given = place_rows((ref_PQ, advantage_PG[index_K].reshape(lines, -1), np.asarray(mask_PQ)), run.mesh)
+    old_PGR = np.zeros(noise_PGR.shape, np.float32)
+    row, slot = np.nonzero(packed.sample_PQ >= 0)
+    prompt, sample = np.divmod(packed.sample_PQ[row, slot], packed.group)
+    old_PGR[index_K.reshape(lines, -1)[row, prompt], sample, packed.offset_PQ[row, slot]] = np.asarray(old_PQ)[row, slot]
+    return Experience(rows, old_PQ, old_PQ, *given), old_PGR
