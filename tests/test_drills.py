@@ -165,7 +165,7 @@ def test_killed_in_every_phase(unbroken, config, tmp_path):
     assert {row["phase"] for row in read_metrics(run.path)} == {"sft"}
     run.kill_when(lambda path: list(path.glob("reference/*tmp*")))
     assert Checkpoints(run.path / "reference").latest() is None
-    run.kill_in("rollout", 4, rng.uniform(0, 0.02))
+    run.kill_in("decode", 4, rng.uniform(0, 0.02))
     assert Checkpoints(run.path / "checkpoints").steps() == [0]
     run.kill_in("update", 6, rng.uniform(0, 0.02))
     assert Checkpoints(run.path / "checkpoints").steps() == [0, 2]
@@ -179,7 +179,7 @@ def test_killed_at_random(unbroken, config, tmp_path):
     """The delay reaches from inside a program into what follows it: other programs, validation, checkpoints, the report."""
     run, rng = Run(tmp_path, config), random.Random(11)
     for _ in range(2):
-        run.kill_in(rng.choice(("rollout", "score", "update")), rng.randint(2, 4), rng.uniform(0, 0.5))
+        run.kill_in(rng.choice(("decode", "score", "update")), rng.randint(2, 4), rng.uniform(0, 0.5))
     run.finish()
     assert_same(run.path, unbroken)
 
