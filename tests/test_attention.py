@@ -134,7 +134,7 @@ def test_lanes_equal_dense():
     turned = [np.roll(x, 2, axis=2) for x in (answer_k, answer_v)]  # token o in slot (o + 2) % R
     for offset in range(R):
         written = np.roll(np.arange(R) <= offset, 2)
-        garbage = [np.where(written[:, None, None], x, 1e4).astype(np.float32) for x in turned]
+        garbage = [np.where(written[:, None, None], x, 1e4).astype(np.float32).swapaxes(2, 3) for x in turned]
         sees_own = np.broadcast_to(written, (P, G, R))
         out = step(q[:, :, offset], prompt_k, prompt_v, *garbage, np.arange(T) < length[:, None], sees_own)
         np.testing.assert_allclose(out, expected[:, :, offset], atol=1e-5)

@@ -139,8 +139,8 @@ def decode(
         running = lambda carry: carry[0].busy_NS.any() & ~carry[0].refill  # noqa: E731
         return jax.lax.while_loop(running, lambda carry: one_token(held, cache, carry), carry)
 
-    ring = jnp.zeros((text.layers, N, S, R, text.kv_heads, text.head_dim), dtype)
-    ring = constrain(ring, "layers", "batch", None, None, "kv_heads", None)
+    ring = jnp.zeros((text.layers, N, S, text.kv_heads, R, text.head_dim), dtype)
+    ring = constrain(ring, "layers", "batch", None, "kv_heads", None, None)
     answers_WB = [jnp.full((W, P // W * G * R), value) for value in (-1, 0.0, 0)]
     schedule = empty(P, G, N, S, W)
     hidden_NSD = jnp.zeros((N, S, text.width), start.hidden_PD.dtype)

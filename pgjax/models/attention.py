@@ -281,16 +281,16 @@ def _loop_backward(q, k, v, ids, delta, lse, d_out):
 def lane_attention(q, prompt_k, prompt_v, answer_k, answer_v, sees_prompt_PT, sees_own_PGR):
     """One token per lane against its prompt's cache, read once for all lanes of a row, and its own, under one softmax.
 
-    q [P, G, H, C]; prompt_k, prompt_v [P, T, K, C]; answer_k, answer_v [P, G, R, K, C] -> [P, G, H, C].
+    q [P, G, H, C]; prompt_k, prompt_v [P, T, K, C]; answer_k, answer_v [P, G, K, R, C] -> [P, G, H, C].
     """
     shape = q.shape
     q = q.reshape(*q.shape[:2], prompt_k.shape[2], -1, q.shape[-1])
     to_prompt = jnp.einsum("pgkjc,ptkc->pgkjt", q, prompt_k, **FLOAT32) * q.shape[-1] ** -0.5
-    to_own = jnp.einsum("pgkjc,pgrkc->pgkjr", q, answer_k, **FLOAT32) * q.shape[-1] ** -0.5
+    to_own = jnp.einsum("pgkjc,pgkrc->pgkjr", q, answer_k, **FLOAT32) * q.shape[-1] ** -0.5
     masked = jnp.where(sees_prompt_PT[:, None, None, None], to_prompt, MASKED), jnp.where(sees_own_PGR[:, :, None, None], to_own, MASKED)
     top = jnp.maximum(masked[0].max(-1, keepdims=True), masked[1].max(-1, keepdims=True))
     to_prompt, to_own = (jnp.where(s > MASKED / 2, jnp.exp(s - top), 0.0) for s in masked)
     total = to_prompt.sum(-1, keepdims=True) + to_own.sum(-1, keepdims=True)
     out = jnp.einsum("pgkjt,ptkc->pgkjc", to_prompt.astype(q.dtype), prompt_v, **FLOAT32)
-    out = out + jnp.einsum("pgkjr,pgrkc->pgkjc", to_own.astype(q.dtype), answer_v, **FLOAT32)
+    out = out + jnp.einsum("pgkjr,pgkrc->pgkjc", to_own.astype(q.dtype), answer_v, **FLOAT32)
     return (out / jnp.maximum(total, 1e-30)).astype(q.dtype).reshape(shape)

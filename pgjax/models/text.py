@@ -27,10 +27,10 @@ class PromptCache:
 
 @struct.dataclass
 class AnswerCache:
-    """Keys and values of the answers being decoded, one ring of R slots per lane."""
+    """Keys and values of the answers being decoded, one ring of R slots per lane and head: products over a ring need it whole."""
 
-    k_LPGRKC: jax.Array
-    v_LPGRKC: jax.Array
+    k_LPGKRC: jax.Array
+    v_LPGKRC: jax.Array
 
 
 @struct.dataclass
@@ -78,12 +78,12 @@ class SelfAttention(nn.Module):
             out = attention(q, k, v, context)
             saved = PromptCache(k, v)
         else:
-            at = (layer, 0, 0, context.slot, 0, 0)
+            at = (layer, 0, 0, 0, context.slot, 0)
             cache = AnswerCache(
-                jax.lax.dynamic_update_slice(cache.k_LPGRKC, k[None, :, :, None], at),
-                jax.lax.dynamic_update_slice(cache.v_LPGRKC, v[None, :, :, None], at),
+                jax.lax.dynamic_update_slice(cache.k_LPGKRC, k[None, ..., None, :], at),
+                jax.lax.dynamic_update_slice(cache.v_LPGKRC, v[None, ..., None, :], at),
             )
-            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPGRKC, cache.v_LPGRKC))
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPGKRC, cache.v_LPGKRC))
             out = lane_attention(q, prompt.k_LPTKC, prompt.v_LPTKC, own_k, own_v, context.sees_prompt_PT, context.sees_own_PGR)
             saved = None
         back = dict(inputs=2, dtype=self.dtype, scale=RESIDUAL, lora=self.lora)
