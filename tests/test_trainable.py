@@ -173,7 +173,7 @@ def one_update(mesh):
 
 def test_an_update_of_adapters_is_the_same_on_every_mesh():
     (logp, gradient, metrics), (logp_1, gradient_1, metrics_1) = one_update((2, 2, 2)), one_update(ONE)
-    np.testing.assert_allclose(logp, logp_1, atol=1e-5)
+    np.testing.assert_allclose(logp, logp_1, rtol=1e-5, atol=1e-5)
     largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient_1))
     assert largest > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, largest)), gradient, gradient_1)
