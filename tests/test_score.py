@@ -52,7 +52,7 @@ def test_rows_of_several_prompts_are_those_of_one_joined(length_PG, prompts):
     """Answers are numbered through, and no slot is left between two prompts."""
     tokens_PGR = np.arange(1, 1 + p * g * r, dtype=np.int32).reshape(p, g, r)
     args = jnp.asarray(tokens_PGR), jnp.zeros((p, g, r), jnp.int32), jnp.asarray(length_PG)
-    packed = pack(*args, p * g * r, prompts)
+    packed = jax.jit(pack, static_argnums=(3, 4))(*args, p * g * r, prompts)
     assert packed.tokens_PQ.shape == (p // prompts, p * g * r)
     inside = np.arange(r) < length_PG[..., None]
     for row, of in enumerate(np.split(np.arange(p), p // prompts)):
@@ -74,10 +74,11 @@ def test_packed_width_is_the_smallest_of_the_series_that_holds_the_longest(longe
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 8), st.integers(0, 2**16))
-def test_balanced_rows_hold_every_prompt_once_and_differ_little(prompts, rows, seed):
+@given(st.sampled_from([(1, 8), (2, 4), (4, 7), (3, 1)]), st.integers(0, 2**16))
+def test_balanced_rows_hold_every_prompt_once_and_differ_little(shape, seed):
+    prompts, rows = shape
     tokens_P = np.random.default_rng(seed).integers(0, 1000, prompts * rows)
-    order_P = np.asarray(balanced(jnp.asarray(tokens_P), prompts))
+    order_P = np.asarray(jax.jit(balanced, static_argnums=1)(jnp.asarray(tokens_P), prompts))
     assert sorted(order_P) == list(range(prompts * rows))
     sums = tokens_P[order_P].reshape(rows, prompts).sum(1)
     assert sums.max() - sums.min() <= np.ptp(tokens_P)  # what one prompt can differ from another
