@@ -109,6 +109,7 @@ def greedy(model: QwenVL, params, made: dict) -> np.ndarray:
 
     def run(params, prompts):
         start = prefill(model, params, prompts, encode(model, params, prompts))
-        return decode(model, params, prompts, zeros(P), start, law, jax.random.key(0), 0, group=1, greedy=True).tokens_PGR[:, 0]
+        rollout, _ = decode(model, params, prompts, zeros(P), start, law, jax.random.key(0), 0, group=1, greedy=True)
+        return rollout.tokens_PGR[:, 0]
 
     return np.asarray(jax.jit(run, compiler_options=QUICK)(params, prompts))

@@ -44,7 +44,7 @@ def greedy(setup: Setup, params: dict, tokenizer, texts: Sequence[str], limit: i
     def answer(params, batch):
         start = prefill(model, params, batch, encode(model, params, batch))
         modality_P = jnp.full(len(batch.length_P), TEXT)
-        return decode(model, params, batch, modality_P, start, law, jax.random.key(0), jnp.int32(0), group=1, greedy=True)
+        return decode(model, params, batch, modality_P, start, law, jax.random.key(0), jnp.int32(0), group=1, greedy=True)[0]
 
     T = max(len(tokenizer(text)["input_ids"]) for text in texts)
     vision = model.config.vision
