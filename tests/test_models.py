@@ -236,11 +236,10 @@ def test_answers_continue_as_if_written_into_the_prompt(tiny):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("tiny", ["tied"], indirect=True)  # both families have this decoder
 def test_what_is_kept_is_not_computed_anew(tiny):
     """The less a policy of rematerialisation keeps, the more operations a gradient takes."""
     model, params, visual, prompts, answers = tiny
-    if model.config.family != "qwen2_5_vl":
-        pytest.skip("one decoder, one policy")
     packed = answers["tokens"].reshape(P, -1), *pack(np.full((P, G), R), G * R), np.ones((P, G * R), np.float32)
     flops = {}
     for remat in ("none", "dots", "attention", "full"):

@@ -1,7 +1,7 @@
 """The clipped policy loss with its KL and entropy terms, token by token, and how tokens become one number (PAPERS C5-C11; docs/losses.md).
 
 Sums and counts stay apart until the last division, so that micro-batches, mini-batches and devices add up to the exact mean.
-Axes: P prompts, Q packed answer tokens of a group, G answers of a group; `sample_PQ` says whose token stands where.
+Axes: P packed rows, Q their answer tokens, G answers of a row, all its prompts' together; `sample_PQ` says whose token stands where.
 """
 
 from typing import Literal
