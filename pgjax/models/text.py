@@ -111,7 +111,7 @@ class DecoderLayer(nn.Module):
 
 
 def add_features(x: jax.Array, layer: jax.Array, visual_PT: jax.Array, deep_PNMD: jax.Array) -> jax.Array:
-    """DeepStack: the layer's own features, where it has any, added to the stream [P, S, D] at the visual tokens, which stand in its first slots."""
+    """DeepStack: the layer's own features, where it has any, added to the stream [P, S, D] at the visual tokens, in its first slots."""
 
     def add(x):
         feature_PMD = jax.lax.dynamic_index_in_dim(deep_PNMD, layer, axis=1, keepdims=False)
