@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from lengths import forced, quantiles
+from lengths import forced, quantiles, text_prompts
 from timing import median_seconds, show
 from vs_trl import QUESTIONS, SIZES, make_recipe
 
@@ -33,21 +33,11 @@ from pgjax.generate import law as laws
 from pgjax.generate.decode import decode, encode, prefill
 from pgjax.generate.law import Law
 from pgjax.generate.score import pack, score
-from pgjax.models.qwen_vl import QwenVL, init_boxed, patch_values
+from pgjax.models.qwen_vl import QwenVL, init_boxed
 from pgjax.tokenizer import never_sampled, train_byte_bpe
 from pgjax.train.materials import cache_dir
 
 LONG = 10  # seconds; what takes longer is measured once
-
-
-def text_prompts(model: QwenVL, P: int, T: int) -> PromptBatch:
-    """Prompts of T random tokens each, without a picture."""
-    I, tokens_PT = model.config.vision.window_patches, np.random.default_rng(0).integers(3, model.config.text.vocab - 3, (P, T), np.int32)
-    zeros = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
-    position_PTX = np.broadcast_to(np.arange(T, dtype=np.int32)[:, None], (P, T, 3))
-    patches_PIB = np.zeros((P, I, patch_values(model.config)), np.float32)
-    visual = np.full((P, T), -1, np.int32), patches_PIB, zeros(P, I, 2), zeros(P, I, 2), np.full((P, I), -1, np.int32)
-    return PromptBatch(tokens_PT, np.full(P, T, np.int32), position_PTX, zeros(P), *visual, np.arange(P, dtype=np.uint32))
 
 
 def compiled(f: Callable, *args) -> tuple[Callable, int]:

@@ -1,4 +1,4 @@
-"""Laws of answers' lengths, and decoding that keeps to one."""
+"""Prompts of a length, laws of answers' lengths, and decoding that keeps to one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,22 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import expon, lognorm
 
+from pgjax.data.schema import PromptBatch
 from pgjax.generate import law as laws
+from pgjax.models.qwen_vl import QwenVL, patch_values
 
 LAWS = ("equal", "lognormal", "exponential", "bimodal", "uniform")
 MEAN = 300 / 1024  # of the limit, unless it is told
+
+
+def text_prompts(model: QwenVL, P: int, T: int) -> PromptBatch:
+    """Prompts of T random tokens each, without a picture."""
+    I, tokens_PT = model.config.vision.window_patches, np.random.default_rng(0).integers(3, model.config.text.vocab - 3, (P, T), np.int32)
+    zeros = lambda *shape: np.zeros(shape, np.int32)  # noqa: E731
+    position_PTX = np.broadcast_to(np.arange(T, dtype=np.int32)[:, None], (P, T, 3))
+    patches_PIB = np.zeros((P, I, patch_values(model.config)), np.float32)
+    visual = np.full((P, T), -1, np.int32), patches_PIB, zeros(P, I, 2), zeros(P, I, 2), np.full((P, I), -1, np.int32)
+    return PromptBatch(tokens_PT, np.full(P, T, np.int32), position_PTX, zeros(P), *visual, np.arange(P, dtype=np.uint32))
 
 
 def quantiles(law: str, limit: int, mean: float | None = None, n: int = 4096) -> np.ndarray:
@@ -35,17 +47,20 @@ def quantiles(law: str, limit: int, mean: float | None = None, n: int = 4096) ->
     return np.clip(np.rint(lengths), 1, limit).astype(np.int32)
 
 
+def drawn(lengths: np.ndarray, key_NS: jax.Array) -> jax.Array:
+    """The length that each key draws."""
+    return jnp.asarray(lengths)[jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(lengths))))(key_NS)]
+
+
 @contextmanager
 def forced(lengths: np.ndarray, stop_V: np.ndarray) -> Iterator[None]:
     """Programs that are traced inside sample as ever, but every answer stops when it is as long as its key draws from `lengths`, neither
     before nor after: how long the answers are depends on step, prompt and sample alone."""
-    sample, stop, number = laws.sample, int(np.argmax(stop_V)), len(lengths)
+    sample, stop = laws.sample, int(np.argmax(stop_V))
 
     def until_length(logp_NSV, key_NS, offset_NS, greedy, top_k, top_p):
-        draw = jax.vmap(jax.vmap(lambda key: jax.random.randint(key, (), 0, number)))
-        length_NS = jnp.asarray(lengths)[draw(key_NS)]
         token_NS = sample(jnp.where(stop_V, laws.BLOCKED, logp_NSV), key_NS, offset_NS, greedy, top_k, top_p)
-        return jnp.where(offset_NS + 1 >= length_NS, stop, token_NS)
+        return jnp.where(offset_NS + 1 >= drawn(lengths, key_NS), stop, token_NS)
 
     with mock.patch.object(laws, "sample", until_length):
         yield

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +58,7 @@ def test_rollout():
 @pytest.fixture
 def quick(monkeypatch):
     """Programs that take less time to compile, and more to run; those that modules make when they are imported stay as they are."""
+    import accelerator  # noqa: F401
     import floor  # noqa: F401
     import grouped  # noqa: F401
 
@@ -129,9 +134,111 @@ def test_vs_trl(monkeypatch):
     assert all(sum(row[side] for row in rows[:4]) == pytest.approx(whole[side]) for side in whole)  # phases leave nothing out
 
 
-def test_timing(capsys):
-    import json
+def test_accelerator(quick, monkeypatch, tmp_path, capsys):
+    import accelerator
+    from lengths import quantiles
 
+    from pgjax.generate.law import answer_keys
+
+    P, T, G, R = 2, 24, 3, 8
+    out, sizes = tmp_path / "runs" / "lines.jsonl", accelerator.Sizes(P, T, G, R, 0, "attention")
+    arguments = f"--models tiny --prompts {P} --T {T} --G {G} --R {R} --repeats 1 --json --out {out}"
+    monkeypatch.setattr(accelerator, "rates", lambda dtype, size: (1e12, 1e11))
+    monkeypatch.setattr(accelerator, "peak", lambda device: 1e10)
+
+    def run(command, **_):  # the process of a side
+        with monkeypatch.context() as its_own:
+            its_own.setattr(sys, "argv", command[1:])
+            try:
+                accelerator.main()
+            except ModuleNotFoundError:  # torch
+                return SimpleNamespace(returncode=1)
+        return SimpleNamespace(returncode=0)
+
+    def rows() -> dict[str, dict]:
+        accelerator.main()
+        return {row["phase"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+
+    monkeypatch.setattr(accelerator, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", *arguments.split()])
+    found = rows()
+    assert all(0 < found.pop(f"attention, {dtype}")["ratio"] < 1 for dtype in accelerator.ALLOWED)
+    assert (*found,) == accelerator.MEASURED and not any(row["note"] for row in found.values())
+
+    keys = answer_keys(jax.random.key(0), 0, np.arange(P, dtype=np.uint32), G).reshape(-1)
+    law = quantiles("lognormal", R)
+    response = sum(int(law[jax.random.randint(key, (), 0, len(law))]) for key in keys)
+    assert [row["tokens"] for row in found.values()] == [P * T, response, 2 * (P * T + response), *2 * [P * T + response]]
+    weights = matmul_weights(accelerator.MODELS["tiny"][0])
+    forward = 2 * weights.decoder * (P * T + response) + 2 * weights.head * response
+    flops = {"prefill": 2 * weights.decoder * P * T, "score": 2 * forward, "update": 3 * forward}
+    for phase, row in found.items():
+        assert row["seconds"] > 0 and row["ratio"] == row["seconds"] / row["floor_s"] and row["trained"] == "decoder"
+        assert phase not in flops or row["mfu"] == pytest.approx(flops[phase] / row["seconds"] / 1e10)
+        assert row["tokens_per_s"] == row["tokens"] / row["seconds"] and row["target"] == accelerator.TARGETS.get(phase)
+    assert found["whole step"]["floor_s"] == pytest.approx(sum(found[phase]["floor_s"] for phase in accelerator.MEASURED[:-1]))
+    if importlib.util.find_spec("torch"):
+        assert all(found[phase]["torch_rows"] == P * G for phase in accelerator.MEASURED[:-1])
+        assert all(row["torch_s"] > 0 and row["torch_ratio"] == row["torch_s"] / row["seconds"] for row in found.values())
+        assert found["whole step"]["torch_s"] == pytest.approx(sum(found[phase]["torch_s"] for phase in accelerator.MEASURED[:-1]))
+
+    # What is there is not measured again; what fails is told, and leaves the rest.
+    monkeypatch.setattr(accelerator, "make_setup", None)
+    again = rows()
+    assert found.items() <= again.items()
+    out.write_text("".join(line for line in out.read_text().splitlines(True) if '"update"' not in line))
+    log = accelerator.Log(out, side="ours", model="tiny", device=jax.devices()[0].device_kind, **sizes._asdict())
+    log.measure("update", lambda: 1 / 0)
+    broken = {row["phase"]: row for row in accelerator.table(out, {"tiny": sizes})}
+    assert broken["update"]["seconds"] is broken["whole step"]["torch_s"] is None and broken["decode"] == found["decode"]
+    assert broken["update"]["note"] == "pgjax: ZeroDivisionError: division by zero"
+    assert accelerator.table(out, {"tiny": sizes._replace(T=T + 1)})[-1]["seconds"] is None
+
+    # Attention that lets answers see each other, and one that gives no numbers, are seen to be wrong.
+    text, right = accelerator.MODELS["tiny"][0].text, accelerator.attention
+    for wrong in (lambda *qkv, segments: right(*qkv, segments.replace(sample=0 * segments.sample)), lambda q, *_, segments: q * np.nan):
+        monkeypatch.setattr(accelerator, "attention", lambda *args, wrong=wrong: wrong(*args[:3], segments=args[3]))
+        assert not accelerator.check_attention(text, "float32")["ratio"] <= 1
+
+
+def test_accelerator_imports():
+    """On a machine that lends an accelerator there is jax, torch and little else."""
+    absent = ["tyro", "grain", "tensorflow_datasets", "tensorboardX", "orbax", "array_record", "PIL", "peft", "trl", "datasets"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import accelerator; assert 'peers' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, BENCHMARKS.parent)))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parity
+def test_peers():
+    torch = pytest.importorskip("torch")
+    import accelerator
+    import peers
+
+    T, length_B = 5, np.array([4, 2, 1])
+    tokens_BS = np.random.default_rng(0).integers(0, 256, (3, T + 4))
+    peer = peers.Peer(accelerator.MODELS["tiny"][0].text, tokens_BS, length_B, T, lora_rank=2)
+    with torch.no_grad():
+        logp_BSV = peer.model(torch.tensor(tokens_BS)).logits.float().log_softmax(-1)
+        counted = [(b, T + r) for b, n in enumerate(length_B) for r in range(n)]
+        logp = sum(float(logp_BSV[b, s - 1, tokens_BS[b, s]]) for b, s in counted)
+        assert float(peer._nll(slice(0, 3))) == pytest.approx(-logp, rel=0.01)
+    parts = []
+
+    def run(part: slice):
+        parts.append(part)
+        if part.stop - part.start > 1:
+            raise torch.OutOfMemoryError("too much")
+
+    assert peer._measured(run, 16)["torch_rows"] == 1
+    assert parts == [slice(0, 3), *(slice(n, n + 1) for n in (0, 0, 1, 2))]
+    assert peer.backward()["seconds"] > 0
+    assert {name.rpartition(".")[2] for name, p in peer.model.named_parameters() if p.grad is not None} == {"up", "down"}
+    assert {type(layer.mlp.gate_proj) for layer in peer.model.model.layers} == {peers.Adapted}
+
+
+def test_timing(capsys):
     import timing
 
     rows = [{"what": "a", "seconds": 0.123456, "n": 3}, {"what": "b", "seconds": 2.0, "n": 40000}]
