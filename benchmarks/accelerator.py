@@ -223,7 +223,7 @@ def ours(name: str, sizes: Sizes, repeats: int, path: Path) -> None:
 
     counts = {"patches": 0, "prompt": P * T, "response": int(length_PG.sum())}
     counts |= {f"trained_{what}": number for what, number in counts.items()}
-    found = phase_metrics(config, weights_of, dict.fromkeys((*PHASES, "step"), 1.0), counts, 1, None)  # all of it a second
+    found = phase_metrics(recipe, weights_of, dict.fromkeys((*PHASES, "step"), 1.0), counts, 1, None)  # all of it a second
     flops, tokens = ({phase: found[f"perf/{what}/{phase}"] for phase in PHASES} for what in ("flops", "tokens_per_s"))
     floor = floors(recipe, prompts, length_PG, flops, matmul, copy)
     flops["whole step"], floor["whole step"], tokens["whole step"] = sum(flops.values()), sum(floor.values()), tokens["update"]

@@ -11,7 +11,7 @@ by train/phases.py; every step has the same prompts, keys and so lengths.
 floor_seconds of a phase is the larger of
 
 * FLOPs / matmul rate. FLOPs are train/flops.py's (matmul parameters, the head on response tokens) and those of attention: for each
-  query and layer 4 C H for every key that it sees; three times that in the update, twice in scoring (policy and reference);
+  query and layer 4 C H for every key that it sees; three times that in the update, once for each of the models that are scored;
 * in decode, bytes / copy rate. Bytes: the decoder and the head once for every token that all lanes sample at a time, a prompt's cache
   once for each of its row's, an answer's own cache, as long as it is by then, once for each of its tokens.
 
@@ -89,7 +89,7 @@ def measure(recipe: Recipe, steps: int) -> tuple[list[dict], dict]:
 
     weights, length_PG = matmul_weights(recipe.model), np.asarray(rollouts[0].length_PG)
     counts = {name.removeprefix("count/"): float(value) for name, value in metrics.items() if name.startswith("count/")}
-    found = phase_metrics(recipe.model, weights, seconds, counts, 1, None)
+    found = phase_metrics(recipe, weights, seconds, counts, 1, None)
     matmul, copy = rates(recipe.model.compute_dtype, (weights.decoder + weights.head) * jnp.dtype(recipe.model.compute_dtype).itemsize)
     floor = floors(recipe, loaded[0], length_PG, {phase: found[f"perf/flops/{phase}"] for phase in PHASES}, matmul, copy)
     floor, seconds["whole step"] = floor | {"whole step": sum(floor.values())}, seconds["step"]

@@ -48,7 +48,8 @@ def floors(
     answers = (prompt_P[:, None] * length_PG).sum() + own
     tower = 4 * recipe.model.vision.width * tower_pairs(recipe.model, batch)
     row = each * (prompts + answers) + (0 if frozen_tower(recipe.model) else tower)
-    attention = {"encode": tower, "prefill": each * prompts, "decode": each * answers, "score": 2 * row, "update": 3 * row}
+    attention = {"encode": tower, "prefill": each * prompts, "decode": each * answers}
+    attention |= {"score": (1 + recipe.grpo.scores_policy) * row, "update": 3 * row}
     seconds = {phase: (flops[phase] + attention.get(phase, 0)) / matmul for phase in PHASES}
 
     # Tokens sampled one after the other: in a row at least those of its longest answer, and all of them through its lanes.

@@ -1,14 +1,15 @@
 """One GRPO step of pgjax beside one of TRL's GRPOTrainer, phase by phase: the same Qwen2.5-VL, weights, prompts, lengths, loss, cores.
 
-    python benchmarks/vs_trl.py [--size tiny|small] [--steps 20] [--threads 2] [--json]        (needs the extra `trl`)
+    python benchmarks/vs_trl.py [--size tiny|small] [--policy 480] [--steps 20] [--threads 2] [--json]        (needs the extra `trl`)
 
 * Each side runs in a process of its own that is held to the same cores, in float32; medians over the steps after the first two.
 * TRL has whichever is fastest of eager and SDPA attention, of one torch thread and as many as there are cores, and no gradient
-  checkpointing. pgjax has one CPU device with as many threads as cores.
+  checkpointing. pgjax has one CPU device with as many threads as cores, and keeps of a layer what attention gives alone.
 * Every answer has all its tokens: stop and special tokens are suppressed for TRL, and stop nothing in pgjax.
-* Both answer each prompt, which has a picture, G times, reward the share of even token ids, and take one AdamW step on the same loss
-  (k3 penalty 0.01, means of answers). "logprobs" are the reference's and in pgjax the policy's too, which TRL takes from the
-  update; "other" is reading pictures and texts, reward and advantages.
+* A prompt is a picture and a question, behind `--policy` tokens of a policy (0: none), which all of a group's answers share.
+* Both answer each prompt G times, reward the share of even token ids, and take one AdamW step on the same loss
+  (k3 penalty 0.01, means of answers). "logprobs" are the reference's, for the policy's own are those of the update; "other" is
+  reading pictures and texts, reward and advantages.
 * pgjax then scores TRL's answers of its first step: the logprobs must agree.
 
 On a CPU, transformers' generate is a Python loop over tokens whose overhead an accelerator would hide in part, or make worse: the
@@ -61,15 +62,24 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)) for _ in QUESTIONS]
 
 
-def make_recipe(size: str):
+def texts(tokenizer, policy: int) -> list[str]:
+    """The questions, each behind the first `policy` tokens of the policy."""
+    from pgjax.taxonomy import full_view, load_taxonomy, render_policy
+
+    taxonomy = load_taxonomy()
+    ids = tokenizer(render_policy(taxonomy, full_view(taxonomy, "leaf"), descriptions=True))["input_ids"]
+    return [tokenizer.decode(ids[:policy]) + question for question in QUESTIONS]
+
+
+def make_recipe(size: str, policy: int = 0):
     from pgjax import config
 
     text, vision, group, answer = SIZES[size]
     tower = config.VisionConfig(depth=2, heads=4, window=SIDE, full_blocks=(1,), min_pixels=SIDE**2, max_pixels=SIDE**2, **vision)
     return config.Recipe(
         name=f"vs_trl {size}",
-        model=config.ModelConfig(text=config.TextConfig(vocab=512, **text), vision=tower, compute_dtype="float32", remat="none"),
-        data=config.DataConfig(prompt_tokens=64, patches=16),
+        model=config.ModelConfig(text=config.TextConfig(vocab=512, **text), vision=tower, compute_dtype="float32", remat="attention"),
+        data=config.DataConfig(prompt_tokens=64 + policy, patches=16),
         answer=config.AnswerConfig(max_tokens=answer),
         rollout=config.RolloutConfig(group=group),
         grpo=config.GRPOConfig(
@@ -97,7 +107,7 @@ def write_model(folder: Path, size: str) -> None:
     write_checkpoint(folder, recipe, setup.init(0), train_byte_bpe(QUESTIONS, recipe.model.text.vocab), "float32")
 
 
-def ours(folder: Path, size: str, steps: int, threads: int) -> dict:
+def ours(folder: Path, size: str, policy: int, steps: int, threads: int) -> dict:
     """Seconds of pgjax's steps by phase, and how its logprobs of TRL's answers compare."""
     import jax
     import jax.numpy as jnp
@@ -117,7 +127,7 @@ def ours(folder: Path, size: str, steps: int, threads: int) -> dict:
     from pgjax.train.setup import make_setup
     from pgjax.train.update import make_optimizer
 
-    recipe, tokenizer = make_recipe(size), load_tokenizer(folder)
+    recipe, tokenizer = make_recipe(size, policy), load_tokenizer(folder)
     P, G, R, V = len(QUESTIONS), recipe.rollout.group, recipe.answer.max_tokens, recipe.model.text.vocab
     automaton = answers.build(tokenizer, answers.id_grid(1, 1), vocab=V, cache_dir=cache_dir())
     automaton = automaton.replace(stop_V=jnp.zeros_like(automaton.stop_V))
@@ -134,12 +144,12 @@ def ours(folder: Path, size: str, steps: int, threads: int) -> dict:
 
     def host_batch():
         prompts = []
-        for number, (question, picture) in enumerate(zip(QUESTIONS, pictures(), strict=True)):
+        for number, (text, picture) in enumerate(zip(texts(tokenizer, policy), pictures(), strict=True)):
             file = io.BytesIO()
             picture.save(file, "PNG")
-            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            prompts.append(Prompt(number, text, [file.getvalue()]))
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            prompts.append(Prompt(number, prompt, [file.getvalue()]))
         return prompt_batch(prompts, tokenizer, recipe.model.vision, recipe.data.prompt_tokens, recipe.data.patches)
 
     def timed_step(state, reference, step: int):
@@ -183,7 +193,7 @@ def ours(folder: Path, size: str, steps: int, threads: int) -> dict:
     return {"laps": laps, "logprob_gap": float(gap), "parameters": parameters, "prompt_tokens": prompt}
 
 
-def theirs(folder: Path, size: str, steps: int, threads: int) -> dict:
+def theirs(folder: Path, size: str, policy: int, steps: int, threads: int) -> dict:
     """Seconds of TRL's steps by phase under its fastest setting, that setting, and in answers.npz the first answers with their logprobs."""
     import torch
     from datasets import Dataset
@@ -194,10 +204,10 @@ def theirs(folder: Path, size: str, steps: int, threads: int) -> dict:
     from pgjax.data.images import image_processor
     from pgjax.tokenizer import CHAT_TEMPLATE, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, load_tokenizer
 
-    recipe, tokenizer = make_recipe(size), load_tokenizer(folder)
+    recipe, tokenizer = make_recipe(size, policy), load_tokenizer(folder)
     P, G, R, V = len(QUESTIONS), recipe.rollout.group, recipe.answer.max_tokens, recipe.model.text.vocab
     tokenizer.padding_side = "left"
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    chats = [[{"role": "user", "content": text}] for text in texts(tokenizer, policy)]
     data = Dataset.from_dict({"prompt": chats, "image": pictures()})
 
     class Processor(Qwen2_5_VLProcessor):
@@ -298,7 +308,7 @@ def medians(laps: list[dict]) -> dict[str, float]:
     return {phase: statistics.median(lap[phase] for lap in laps[WARM_UP:]) for phase in PHASES}
 
 
-def measure(size: str, steps: int, threads: int) -> tuple[list[dict], dict]:
+def measure(size: str, policy: int, steps: int, threads: int) -> tuple[list[dict], dict]:
     """Rows {phase, ours_s, trl_s, ratio}, and what was measured. RuntimeError where the two score the same answers differently."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -307,7 +317,7 @@ def measure(size: str, steps: int, threads: int) -> tuple[list[dict], dict]:
         environment |= {"JAX_PLATFORMS": "cpu", "NPROC": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         for side in ("theirs", "ours"):
             command = [sys.executable, __file__, "--side", side, "--folder", folder]
-            command += ["--size", size, "--steps", str(steps), "--threads", str(threads)]
+            command += ["--size", size, "--policy", str(policy), "--steps", str(steps), "--threads", str(threads)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -324,6 +334,7 @@ def measure(size: str, steps: int, threads: int) -> tuple[list[dict], dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--policy", type=int, default=0, help="tokens of it in front of each question")
     parser.add_argument("--steps", type=int, default=20, help="that count, after two that do not")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores of each side")
     parser.add_argument("--json", action="store_true")
@@ -333,12 +344,12 @@ def main() -> None:
     if args.side:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-        found = {"ours": ours, "theirs": theirs}[args.side](args.folder, args.size, args.steps, args.threads)
+        found = {"ours": ours, "theirs": theirs}[args.side](args.folder, args.size, args.policy, args.steps, args.threads)
         (args.folder / f"{args.side}.json").write_text(json.dumps(found))
         return
     from timing import show
 
-    rows, notes = measure(args.size, args.steps, args.threads)
+    rows, notes = measure(args.size, args.policy, args.steps, args.threads)
     size = SIZES[args.size]
     title = (
         f"A GRPO step of pgjax and of TRL ({args.size}, {notes['parameters'] / 1e6:.2f}M parameters, float32, {args.threads} cores): "

@@ -132,9 +132,10 @@ def test_lanes_equal_dense():
     expected = np.asarray(expected)[:, T:].reshape(P, G, R, H, C)
     step = jax.jit(lane_attention, compiler_options=QUICK)
     turned = [np.roll(x, 2, axis=2) for x in (answer_k, answer_v)]  # token o in slot (o + 2) % R
+    by_head = [x.swapaxes(1, 2) for x in (prompt_k, prompt_v)]
     for offset in range(R):
         written = np.roll(np.arange(R) <= offset, 2)
-        garbage = [np.where(written[:, None, None], x, 1e4).astype(np.float32).swapaxes(2, 3) for x in turned]
+        garbage = [np.where(written[:, None, None], x, 1e4).astype(np.float32).transpose(0, 3, 1, 2, 4) for x in turned]
         sees_own = np.broadcast_to(written, (P, G, R))
-        out = step(q[:, :, offset], prompt_k, prompt_v, *garbage, np.arange(T) < length[:, None], sees_own)
+        out = step(q[:, :, offset], *by_head, *garbage, np.arange(T) < length[:, None], sees_own)
         np.testing.assert_allclose(out, expected[:, :, offset], atol=1e-5)

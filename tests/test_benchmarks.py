@@ -125,7 +125,7 @@ def test_vs_trl(monkeypatch):
 
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
-    rows, notes = vs_trl.measure("tiny", steps=1, threads=1)  # raises where the two do not run the same model
+    rows, notes = vs_trl.measure("tiny", policy=40, steps=1, threads=1)  # raises where the two do not run the same model
     assert 0 < notes["logprob_gap"] < 1e-5 and notes["attention"] in ("eager", "sdpa") and notes["torch_threads"] == 1
     assert [row["phase"] for row in rows] == [*vs_trl.PHASES, "first step, with compilation"]
     for row in rows:

@@ -198,7 +198,7 @@ def test_decoding_equals_the_row_pass(tiny):
         x = apply(prompts["tokens"], prompts["visual"], visual, method="embed")
         row = Segments.prompts(prompts["length"], T)
         hidden, cache = apply(x, prompts["position"], row, prompts["visual"], visual, True, method="rows")
-        empty = jnp.zeros((c.layers, P, G, c.kv_heads, R, c.head_dim))
+        empty = jnp.zeros((c.layers, P, c.kv_heads, G, R, c.head_dim))
 
         def step(answer, offset):
             position = jnp.broadcast_to((prompts["length"] + prompts["delta"])[:, None, None] + offset, (P, G, 3))

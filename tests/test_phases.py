@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 from tiny_recipe import tiny_recipe
 
+from pgjax.config import LOSS_PRESETS
 from pgjax.models.qwen_vl import QwenVL, init_boxed
 from pgjax.models.released import RELEASED
 from pgjax.train import phases as module
@@ -51,10 +52,12 @@ def test_matmul_weights_are_those_of_the_model():
 
 @pytest.mark.parametrize(("change", "tower", "passes"), [({}, 1, 3), ({"freeze_vision": True}, 0, 3), ({"lora_rank": 2}, 0, 2)])
 def test_flops_by_hand(change, tower, passes):
-    model = dataclasses.replace(tiny_recipe().model, **change)
-    weights = matmul_weights(model)
+    recipe = tiny_recipe()
+    assert recipe.grpo.scores_policy
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
+    weights = matmul_weights(recipe.model)
     seconds = dict.fromkeys(("encode", "prefill", "decode", "score", "reward", "update"), 0.5) | {"step": 3.0}
-    got = phase_metrics(model, weights, seconds, COUNTS, 4, 1e9)
+    got = phase_metrics(recipe, weights, seconds, COUNTS, 4, 1e9)
     forward = 2 * (weights.decoder * 65 + weights.head * 15 + tower * weights.tower * 20)
     expected = {
         "encode": 2 * weights.tower * 40,
@@ -68,7 +71,9 @@ def test_flops_by_hand(change, tower, passes):
         assert got[f"perf/flops/{phase}"] == pytest.approx(flops) and got[f"timing_s/{phase}"] == 0.5
         assert got[f"perf/mfu/{phase}"] == pytest.approx(flops / (0.5 * 4 * 1e9))
     assert got["perf/tokens_per_s/decode"] == 60 and got["perf/time_per_step"] == 3.0
-    assert not any("mfu" in name for name in phase_metrics(model, weights, seconds, COUNTS, 4, None))
+    assert not any("mfu" in name for name in phase_metrics(recipe, weights, seconds, COUNTS, 4, None))
+    once = dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, mini_prompts=recipe.grpo.prompts, loss=LOSS_PRESETS["grpo"]))
+    assert phase_metrics(once, weights, seconds, COUNTS, 4, None)["perf/flops/score"] == forward  # by the reference alone
 
 
 def test_peaks_go_by_the_longest_name_that_fits():

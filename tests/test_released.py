@@ -72,4 +72,4 @@ def test_recipes_of_released_models(name, model):
     assert logp.shape == entropy.shape == (P, G * R) and logp.dtype == jnp.float32
     start = jax.eval_shape(lambda params, batch: prefill(net, params, batch, encode(net, params, batch)), params, batch)
     text = recipe.model.text
-    assert start.prompt.k_LPTKC.shape == (text.layers, P, T, text.kv_heads, text.head_dim) and start.prompt.k_LPTKC.dtype == jnp.bfloat16
+    assert start.prompt.k_LPKTC.shape == (text.layers, P, text.kv_heads, T, text.head_dim) and start.prompt.k_LPKTC.dtype == jnp.bfloat16

@@ -39,13 +39,13 @@ def encode(model: QwenVL, params, batch: PromptBatch) -> Visual:
 
 
 def prefill(model: QwenVL, params, batch: PromptBatch, visual: Visual) -> Prefill:
-    """Prompt caches [L, P, T, K, C] and the hidden state of each prompt's last token."""
+    """Prompt caches [L, P, K, T, C] and the hidden state of each prompt's last token."""
     apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
     x = apply(batch.tokens_PT, batch.visual_PT, visual, method="embed")
     row = Segments.prompts(batch.length_P, batch.tokens_PT.shape[1])
     hidden, prompt = apply(x, batch.position_PTX, row, batch.visual_PT, visual, True, method="rows")
     last = jnp.take_along_axis(hidden, jnp.maximum(batch.length_P - 1, 0)[:, None, None], axis=1)[:, 0]
-    return Prefill(jax.tree.map(lambda x: constrain(x, "layers", "batch", None, "kv_heads", None), prompt), last)
+    return Prefill(jax.tree.map(lambda x: constrain(x, "layers", "batch", "kv_heads", None, None), prompt), last)
 
 
 @struct.dataclass
@@ -84,7 +84,7 @@ def decode(
     """
     (P, T), G, R, text = batch.tokens_PT.shape, group, law.limit, model.config.text
     N, S, W = rows or P, min(lanes or G, G), batch_shards(P)
-    automaton, dtype = law.automaton, start.prompt.k_LPTKC.dtype
+    automaton, dtype = law.automaton, start.prompt.k_LPKTC.dtype
     prompts = Held(
         start.hidden_PD,
         batch.length_P + batch.delta_P,
@@ -139,8 +139,8 @@ def decode(
         running = lambda carry: carry[0].busy_NS.any() & ~carry[0].refill  # noqa: E731
         return jax.lax.while_loop(running, lambda carry: one_token(held, cache, carry), carry)
 
-    ring = jnp.zeros((text.layers, N, S, text.kv_heads, R, text.head_dim), dtype)
-    ring = constrain(ring, "layers", "batch", None, "kv_heads", None, None)
+    ring = jnp.zeros((text.layers, N, text.kv_heads, S, R, text.head_dim), dtype)
+    ring = constrain(ring, "layers", "batch", "kv_heads", None, None, None)
     answers_WB = [jnp.full((W, P // W * G * R), value) for value in (-1, 0.0, 0)]
     schedule = empty(P, G, N, S, W)
     hidden_NSD = jnp.zeros((N, S, text.width), start.hidden_PD.dtype)

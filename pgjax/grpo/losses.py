@@ -32,9 +32,9 @@ def token_loss(
     """Loss of every token and the metrics' tokens; all arrays of one shape, elementwise, in nats.
 
     `logp`, `old` and `ref` are the token's logprob under the policy, the policy that sampled, and the reference, by the scoring
-    program; `sampled` is what the sampler itself gave it, read with `loss.tis_cap` alone. Where `mask`
-    is 0 everything is 0 whatever stands there, infinities included. Gradient conventions are PyTorch's: none outside a clamp,
-    the full one on its border, half to each side where two branches are equal.
+    program; `sampled` is what the sampler itself gave it. Where `mask` is 0 everything is 0 whatever stands there, infinities
+    included. Gradient conventions are PyTorch's: none outside a clamp, the full one on its border, half to each side where two
+    branches are equal.
     """
     mask = mask > 0
     logp, old, sampled, ref, entropy, advantage = (jnp.where(mask, x, 0.0) for x in (logp, old, sampled, ref, entropy, advantage))
@@ -61,6 +61,7 @@ def token_loss(
         "actor/pg_clipfrac": clipfrac,
         "actor/pg_clipfrac_lower": clipfrac_lower,
         "actor/ppo_kl": -log_ratio,
+        "training/rollout_probs_diff_mean": jnp.abs(jnp.exp(sampled) - jnp.exp(old)),
     }
     total = policy - loss.entropy_coef * entropy + loss.kl_coef * kl
     return total, {name: jax.lax.stop_gradient(value.astype(total.dtype)) for name, value in metrics.items()}

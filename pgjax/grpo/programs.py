@@ -66,7 +66,7 @@ class Experience:
     """What the update reads of a step; leaves have leading axis rows, Q are packed slots."""
 
     rows: Rows
-    old_PQ: jax.Array  # logprobs of the policy that sampled, by the scoring program
+    old_PQ: jax.Array | None  # logprobs of the policy that sampled, by the scoring program; None: it is the one that is updated
     sampled_PQ: jax.Array  # the same as the sampler had them
     ref_PQ: jax.Array  # logprobs of the reference
     advantage_PG: jax.Array  # of each of the row's answers
@@ -184,26 +184,24 @@ class Programs:
             return jnp.moveaxis(logp, 0, 1).reshape(-1, logp.shape[-1])
 
         def experience(rollout: Rollout, judged: Judged, batch, gold: Gold, choice: Choice, rows: Rows, old_PQ, ref_PQ, slots: Slots):
-            """Advantages, and the step's statistics: of the groups, of the answers, and of sampler against scorer."""
+            """Advantages, and the step's statistics: of the groups and of the answers."""
             packed, weight_P = rows.packed, gold.weight_P
             reward_PG = judged.reward_PG
             if loss.overlong_buffer:
                 reward_PG += overlong_penalty(rollout.length_PG, R, loss.overlong_buffer)
             weight_K = pick(weight_P, choice) * choice.weight_K
-            kl_KG = per_answer(losses.kl_estimate(old_PQ, ref_PQ, loss.kl_reward), packed, answers_of_row).reshape(-1, G)
-            advantage_KG, stats = advantages(pick(reward_PG, choice), kl_KG, loss, weight_K)
             sampled_PQ = pack_values(pick(rollout.logp_PGR, choice), packed)
+            kl_PQ = losses.kl_estimate(sampled_PQ if old_PQ is None else old_PQ, ref_PQ, loss.kl_reward)
+            kl_KG = per_answer(kl_PQ, packed, answers_of_row).reshape(-1, G)
+            advantage_KG, stats = advantages(pick(reward_PG, choice), kl_KG, loss, weight_K)
             mask_PQ = packed.mask_PQ * jnp.take_along_axis(weight_K.reshape(-1, per_row), packed.prompt_PQ, axis=1)
             done = Experience(rows, old_PQ, sampled_PQ, ref_PQ, advantage_KG.reshape(-1, answers_of_row), mask_PQ)
-            gap = jnp.abs(jnp.exp(sampled_PQ) - jnp.exp(old_PQ)) * mask_PQ
             weight_PG = jnp.broadcast_to(weight_P[:, None], reward_PG.shape)
             mean = lambda x: jnp.sum(x * weight_PG) / jnp.maximum(weight_PG.sum(), 1)  # noqa: E731
             before_tail, waste = slots.waste()
             stats = {f"critic/{name}": value for name, value in stats.items()} | {
                 "response_length/mean": mean(rollout.length_PG),
                 "response_length/clip_ratio": mean(~automaton.stop_V[rollout.tokens_PGR].any(-1)),
-                "training/rollout_probs_diff_mean": gap.sum() / jnp.maximum(mask_PQ.sum(), 1),
-                "training/rollout_probs_diff_max": gap.max(),
                 "rollout/slot_waste": waste,
                 "rollout/slot_waste_before_tail": before_tail,
                 "rollout/informative": mean(jnp.broadcast_to(informative(judged.reward_PG, weight_P)[:, None], weight_PG.shape)),
@@ -220,9 +218,8 @@ class Programs:
             logp, entropy = of_rows(params, micro.rows, True)
             sample_PQ = micro.rows.packed.sample_PQ
             advantage_PQ = losses.per_token(micro.advantage_PG, sample_PQ)
-            token, metrics = losses.token_loss(
-                logp, micro.old_PQ, micro.sampled_PQ, micro.ref_PQ, entropy, advantage_PQ, micro.mask_PQ, loss
-            )
+            old = jax.lax.stop_gradient(logp) if micro.old_PQ is None else micro.old_PQ
+            token, metrics = losses.token_loss(logp, old, micro.sampled_PQ, micro.ref_PQ, entropy, advantage_PQ, micro.mask_PQ, loss)
             how = micro.mask_PQ, sample_PQ, answers_of_row, R, loss.aggregation
             return losses.aggregate(token, *how)[0], losses.metric_pairs(metrics, *how)
 

@@ -6,12 +6,12 @@ The arrays of a step, where they come from and how they lie (rows: leading axis 
     policy           parameters: the trained ones, and the reference's where they are not trained    train/trainable.py
     weights          the policy in the compute type, gathered over fsdp
     visual           visual tokens [P, M, D], by prompt      those of a frozen tower serve scoring and update too
-    start            prompt caches [L, P, T, K, C]           generate/decode.py
+    start            prompt caches [L, P, K, T, C]           generate/decode.py
     rollout          tokens [P, G, R], lengths [P, G]        generate/decode.py, through the lanes of generate/lanes.py
     judged           verdict and reward [P, G], by prompt    automaton.py, rewards.py
     choice           which prompts, in which order           generate/score.py: rows of n prompts, alike in length
     rows             n prompts, their answers packed [Q]     generate/score.py; on each device the rows of its own prompts
-    old, ref         logprobs [rows, Q]                      the policy before the update, and the reference
+    old, ref         logprobs [rows, Q]                      the policy before the updates, where there are several, and the reference
     experience       all of it with advantages, by row       grpo/advantages.py
     state            trained parameters, optimiser, sharded  train/update.py, one update per mini-batch of whole rows
 """
@@ -85,7 +85,8 @@ def grpo_step(
     judged = programs.judge(rollout, gold, bank) if selects else None
     choice, width = programs.choose(rollout, judged, gold)
     rows = programs.arrange(rollout, batch, gold, choice, visual, width=width)
-    old_PQ, ref_PQ = programs.score(policy, rows), programs.score(reference, rows)
+    old_PQ = programs.score(policy, rows) if recipe.grpo.scores_policy else None
+    ref_PQ = programs.score(reference, rows)
     done("score", (old_PQ, ref_PQ))
     judged = judged or programs.judge(rollout, gold, bank)  # names are read while the device scores
     experience, metrics = programs.experience(rollout, judged, batch, gold, choice, rows, old_PQ, ref_PQ, slots)
@@ -203,7 +204,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         def logged(step: int, metrics: Mapping[str, jax.Array], compiled: int, waited: float, seconds: Callable[[], dict]) -> None:
             values = {name: float(value) for name, value in metrics.items()}
             counts = {name.removeprefix("count/"): values.pop(name) for name in metrics if name.startswith("count/")}
-            values |= phase_metrics(recipe.model, weights, seconds(), counts, mesh.size, peak(jax.devices()[0]))
+            values |= phase_metrics(recipe, weights, seconds(), counts, mesh.size, peak(jax.devices()[0]))
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
             host = {"perf/compilations": compiled, "perf/host_memory_gb": memory, "timing_s/wait_for_batch": waited}
             run.log(step, values | host)

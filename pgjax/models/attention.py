@@ -156,6 +156,8 @@ def _kernel_backward(platform: str, q, k, v, ids, delta, lse, d_out):
 
 # --- loops over pairs: any device -----------------------------------------------------------------------------------------------
 
+LOOP_BLOCK = (64, 8)  # as above: tiles stay in a core's cache, and little of what they cover is masked
+
 
 def _at(x, index):
     return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
@@ -229,7 +231,7 @@ class _Loop:
 
 
 def _loop_forward(q, k, v, ids):
-    block = _blocks(q.shape[1], 128, 8)
+    block = _blocks(q.shape[1], *LOOP_BLOCK)
     loop = _Loop.over(q, k, v, ids, block)
     pairs = loop.pairs
 
@@ -252,7 +254,7 @@ def _loop_forward(q, k, v, ids):
 
 
 def _loop_backward(q, k, v, ids, delta, lse, d_out):
-    block, K = _blocks(q.shape[1], 128, 8), k.shape[2]
+    block, K = _blocks(q.shape[1], *LOOP_BLOCK), k.shape[2]
     loop = _Loop.over(q, k, v, ids, block)
     pairs, scale = loop.pairs, q.shape[-1] ** -0.5
     d_out, delta, lse = (_cut_q(x, block, K) for x in _fill(block, d_out, delta[..., None], lse[..., None]))
@@ -281,16 +283,16 @@ def _loop_backward(q, k, v, ids, delta, lse, d_out):
 def lane_attention(q, prompt_k, prompt_v, answer_k, answer_v, sees_prompt_PT, sees_own_PGR):
     """One token per lane against its prompt's cache, read once for all lanes of a row, and its own, under one softmax.
 
-    q [P, G, H, C]; prompt_k, prompt_v [P, T, K, C]; answer_k, answer_v [P, G, K, R, C] -> [P, G, H, C].
+    q [P, G, H, C]; prompt_k, prompt_v [P, K, T, C]; answer_k, answer_v [P, K, G, R, C] -> [P, G, H, C].
     """
     shape = q.shape
-    q = q.reshape(*q.shape[:2], prompt_k.shape[2], -1, q.shape[-1])
-    to_prompt = jnp.einsum("pgkjc,ptkc->pgkjt", q, prompt_k, **FLOAT32) * q.shape[-1] ** -0.5
-    to_own = jnp.einsum("pgkjc,pgkrc->pgkjr", q, answer_k, **FLOAT32) * q.shape[-1] ** -0.5
-    masked = jnp.where(sees_prompt_PT[:, None, None, None], to_prompt, MASKED), jnp.where(sees_own_PGR[:, :, None, None], to_own, MASKED)
+    q = jnp.moveaxis(q.reshape(*q.shape[:2], prompt_k.shape[1], -1, q.shape[-1]), 2, 1)  # by head, as the caches lie
+    to_prompt = jnp.einsum("pkgjc,pktc->pkgjt", q, prompt_k, **FLOAT32) * q.shape[-1] ** -0.5
+    to_own = jnp.einsum("pkgjc,pkgrc->pkgjr", q, answer_k, **FLOAT32) * q.shape[-1] ** -0.5
+    masked = jnp.where(sees_prompt_PT[:, None, None, None], to_prompt, MASKED), jnp.where(sees_own_PGR[:, None, :, None], to_own, MASKED)
     top = jnp.maximum(masked[0].max(-1, keepdims=True), masked[1].max(-1, keepdims=True))
     to_prompt, to_own = (jnp.where(s > MASKED / 2, jnp.exp(s - top), 0.0) for s in masked)
     total = to_prompt.sum(-1, keepdims=True) + to_own.sum(-1, keepdims=True)
-    out = jnp.einsum("pgkjt,ptkc->pgkjc", to_prompt.astype(q.dtype), prompt_v, **FLOAT32)
-    out = out + jnp.einsum("pgkjr,pgkrc->pgkjc", to_own.astype(q.dtype), answer_v, **FLOAT32)
-    return (out / jnp.maximum(total, 1e-30)).astype(q.dtype).reshape(shape)
+    out = jnp.einsum("pkgjt,pktc->pkgjc", to_prompt.astype(q.dtype), prompt_v, **FLOAT32)
+    out = out + jnp.einsum("pkgjr,pkgrc->pkgjc", to_own.astype(q.dtype), answer_v, **FLOAT32)
+    return jnp.moveaxis(out / jnp.maximum(total, 1e-30), 1, 2).astype(q.dtype).reshape(shape)

@@ -19,18 +19,18 @@ from pgjax.parallel.mesh import constrain
 
 @struct.dataclass
 class PromptCache:
-    """Keys and values of the prompts, one row per prompt, shared by its group."""
+    """Keys and values of the prompts by head, one row per prompt, shared by its group."""
 
-    k_LPTKC: jax.Array
-    v_LPTKC: jax.Array
+    k_LPKTC: jax.Array
+    v_LPKTC: jax.Array
 
 
 @struct.dataclass
 class AnswerCache:
-    """Keys and values of the answers being decoded, one ring of R slots per lane and head: products over a ring need it whole."""
+    """Keys and values of the answers being decoded, one ring of R slots per head and lane: products over a ring need it whole."""
 
-    k_LPGKRC: jax.Array
-    v_LPGKRC: jax.Array
+    k_LPKGRC: jax.Array
+    v_LPKGRC: jax.Array
 
 
 @struct.dataclass
@@ -76,15 +76,13 @@ class SelfAttention(nn.Module):
             q = constrain(q, "batch", None, "heads", None)
             k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
             out = attention(q, k, v, context)
-            saved = PromptCache(k, v)
+            saved = PromptCache(*(y.swapaxes(1, 2) for y in (k, v)))
         else:
             at = (layer, 0, 0, 0, context.slot, 0)
-            cache = AnswerCache(
-                jax.lax.dynamic_update_slice(cache.k_LPGKRC, k[None, ..., None, :], at),
-                jax.lax.dynamic_update_slice(cache.v_LPGKRC, v[None, ..., None, :], at),
-            )
-            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPGKRC, cache.v_LPGKRC))
-            out = lane_attention(q, prompt.k_LPTKC, prompt.v_LPTKC, own_k, own_v, context.sees_prompt_PT, context.sees_own_PGR)
+            put = lambda ring, y: jax.lax.dynamic_update_slice(ring, y.swapaxes(1, 2)[None, ..., None, :], at)  # noqa: E731
+            cache = AnswerCache(put(cache.k_LPKGRC, k), put(cache.v_LPKGRC, v))
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPKGRC, cache.v_LPKGRC))
+            out = lane_attention(q, prompt.k_LPKTC, prompt.v_LPKTC, own_k, own_v, context.sees_prompt_PT, context.sees_own_PGR)
             saved = None
         back = dict(inputs=2, dtype=self.dtype, scale=RESIDUAL, lora=self.lora)
         return Linear((x.shape[-1],), ("heads", None, "embed"), name="o_proj", **back)(out), cache, saved

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from pgjax.config import ModelConfig
+from pgjax.config import ModelConfig, Recipe
 from pgjax.models.qwen_vl import QwenVL, init_boxed
 from pgjax.train.trainable import frozen_tower
 
@@ -51,12 +51,13 @@ def peak(device: jax.Device) -> float | None:
 
 
 def phase_metrics(
-    config: ModelConfig, weights: Weights, seconds: Mapping[str, float], counts: Mapping[str, float], devices: int, peak: float | None
+    recipe: Recipe, weights: Weights, seconds: Mapping[str, float], counts: Mapping[str, float], devices: int, peak: float | None
 ) -> dict[str, float]:
     """Time, tokens a second, FLOPs and, where the peak of a device is known, MFU of every phase.
 
     `counts` are of what was sampled (`patches`, `prompt`, `response`) and of what was trained on (`trained_...`).
     """
+    config, scored = recipe.model, 1 + recipe.grpo.scores_policy  # by the reference, and by the policy
     frozen = frozen_tower(config)
     prompt, response = counts["trained_prompt"], counts["trained_response"]
     tower = 2 * weights.tower * (0 if frozen else counts["trained_patches"])
@@ -66,7 +67,7 @@ def phase_metrics(
         "encode": (counts["patches"], 2 * weights.tower * counts["patches"]),
         "prefill": (counts["prompt"], 2 * weights.decoder * counts["prompt"]),
         "decode": (counts["response"], 2 * (weights.decoder + weights.head) * counts["response"]),
-        "score": (2 * (prompt + response), 2 * forward),  # the policy and the reference
+        "score": (scored * (prompt + response), scored * forward),
         "reward": (counts["response"], 0),
         "update": (prompt + response, (2 if config.lora_rank else 3) * forward),
     }
