@@ -1,12 +1,12 @@
 """A whole GRPO step beside its own floor: what its phases must compute and move, at the rates that the device reaches here.
 
-    python benchmarks/floor.py [--model small|toy|NAME] [--prompts 8] [--group 16] [--limit 128] [--steps 3] [--json]
+    python benchmarks/floor.py [--model small|toy|NAME] [--prompts 8] [--group 16] [--limit 128] [--law lognormal] [--steps 3] [--json]
                                [any other key of a recipe, such as --rollout.lanes 4 --model.compute-dtype bfloat16]
 
 One device; toy conversations with pictures, the whole reward, one update on all prompts. `small` is the decoder of
 benchmarks/vs_trl.py with 6M parameters, `toy` that of the demo, other names are released shapes (pgjax/models/released.py); weights are
-random. Answers end at lengths drawn from benchmarks/lengths.py's lognormal law. The step is grpo/trainer.py's own, timed as in a run
-by train/phases.py; every step has the same prompts, keys and so lengths.
+random. Answers end at lengths drawn from laws of benchmarks/lengths.py, all with a mean of 0.29 of the limit. The step is
+grpo/trainer.py's own, timed as in a run by train/phases.py; every step has the same prompts, keys and so lengths.
 
 floor_seconds of a phase is the larger of
 
@@ -28,7 +28,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lengths import forced, quantiles
+from lengths import LAWS, forced, quantiles
 from roofline import PHASES, floors, rates
 from timing import show
 from vs_trl import make_recipe
@@ -63,8 +63,8 @@ def step_recipe(model: str, prompts: int, group: int, limit: int) -> Recipe:
     )
 
 
-def measure(recipe: Recipe, steps: int) -> tuple[list[dict], dict]:
-    """Rows {phase, seconds, floor_seconds, ratio} with medians of `steps` steps after one, and what was measured."""
+def measure(recipe: Recipe, law: str, steps: int) -> tuple[list[dict], dict]:
+    """Rows {law, phase, seconds, share, floor_seconds, ratio} with medians of `steps` steps after one, and what was measured."""
     recipe = validate(recipe)
     setup = make_setup(recipe.model, make_mesh(MeshConfig(), jax.devices()[:1]))
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +80,7 @@ def measure(recipe: Recipe, steps: int) -> tuple[list[dict], dict]:
         if phase == "decode":
             rollouts[:] = [outputs]
 
-    with forced(quantiles("lognormal", recipe.answer.max_tokens), np.asarray(materials.automaton.stop_V)):
+    with forced(quantiles(law, recipe.answer.max_tokens), np.asarray(materials.automaton.stop_V)):
         for _ in range(1 + steps):
             phases.begin()
             state, metrics = grpo_step(programs, materials.bank, recipe, state, reference, 0, loaded, done)
@@ -101,9 +101,10 @@ def measure(recipe: Recipe, steps: int) -> tuple[list[dict], dict]:
         "copy_rate": copy,
     }
     rows = [
-        {"phase": phase, "seconds": seconds[phase], "floor_seconds": least, "ratio": seconds[phase] / least if least else None}
+        {"law": law, "phase": phase, "seconds": seconds[phase], "share": seconds[phase] / seconds["step"], "floor_seconds": least,
+         "ratio": seconds[phase] / least if least else None}
         for phase, least in floor.items()
-    ]
+    ]  # fmt: skip
     return rows, notes
 
 
@@ -113,16 +114,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=16)
     parser.add_argument("--limit", type=int, default=128, help="most tokens of an answer")
+    parser.add_argument("--law", choices=LAWS, nargs="+", default=["lognormal"], help="of the answers' lengths")
     parser.add_argument("--steps", type=int, default=3, help="that count, after one that does not")
     parser.add_argument("--json", action="store_true")
     args, keys = parser.parse_known_args()
     recipe = override(step_recipe(args.model, args.prompts, args.group, args.limit), keys)
-    rows, notes = measure(recipe, args.steps)
+    rows = []
+    for law in args.law:
+        of_law, notes = measure(recipe, law, args.steps)
+        rows += of_law
     title = (
         f"A GRPO step beside its floor ({args.model}, {notes['parameters'] / 1e6:.2f}M parameters, {recipe.model.compute_dtype}, one "
         f"device): {recipe.grpo.prompts} prompts of {notes['prompt_tokens']:.0f} tokens (mean), {recipe.rollout.group} answers to each, "
-        f"{notes['answer_tokens']:.0f} (mean) of at most {recipe.answer.max_tokens} tokens; medians of {args.steps} steps. Matmuls reach "
-        f"{notes['matmul_rate'] / 1e9:.3g} GFLOP/s, copies {notes['copy_rate'] / 1e9:.3g} GB/s."
+        f"{notes['answer_tokens']:.0f} (mean, under the last law) of at most {recipe.answer.max_tokens} tokens; medians of {args.steps} "
+        f"steps. Matmuls reach {notes['matmul_rate'] / 1e9:.3g} GFLOP/s, copies {notes['copy_rate'] / 1e9:.3g} GB/s."
     )
     show(rows, args.json, title)
 

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-WARM_UP, TRIAL = 2, 3  # steps that do not count; steps for which each of TRL's settings is tried
+WARM_UP, TRIAL = 2, 2  # steps that do not count; steps for which each of TRL's settings is tried
 PHASES = ("generate", "logprobs", "update", "other", "whole step")
 PHASE_OF = {"encode": "generate", "prefill": "generate", "decode": "generate", "score": "logprobs", "reward": "other", "load": "other"}
 SIDE = 56  # pixels of a picture: 16 patches, 4 visual tokens
@@ -142,9 +142,11 @@ def ours(folder: Path, size: str, policy: int, steps: int, threads: int) -> dict
         np.zeros((P, 1), bool), never_seen_P=np.zeros(P, bool), weight_P=np.ones(P, np.float32),
     )  # fmt: skip
 
+    asked = list(zip(texts(tokenizer, policy), pictures(), strict=True))
+
     def host_batch():
         prompts = []
-        for number, (text, picture) in enumerate(zip(texts(tokenizer, policy), pictures(), strict=True)):
+        for number, (text, picture) in enumerate(asked):
             file = io.BytesIO()
             picture.save(file, "PNG")
             chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]

@@ -88,7 +88,7 @@ def test_floor(quick):
     from tiny_recipe import tiny_recipe
 
     recipe = dataclasses.replace(tiny_recipe(), mesh=MeshConfig(), devices=0)
-    rows, notes = floor.measure(recipe, steps=1)
+    rows, notes = floor.measure(recipe, "lognormal", steps=1)
     assert [row["phase"] for row in rows] == [*floor.PHASES, "whole step"]
     for row in rows:
         assert row["seconds"] > 0 and (
@@ -250,3 +250,18 @@ def test_timing(capsys):
     assert lines[0] == "Title" and lines[-2:] == ["| a | 0.1235 | 3 |", "| b | 2 | 40000 |"]
     calls = []
     assert timing.median_seconds(lambda: calls.append(1), repeats=3, warm_up=2) > 0 and len(calls) == 5
+
+
+def test_trace():
+    import trace_step
+
+    op = lambda program, begin, end: {"ph": "X", "ts": begin * 1e6, "dur": (end - begin) * 1e6, "args": {"hlo_module": program}}  # noqa: E731
+    events = [op("jit_a", 1, 2), op("jit_a", 1.5, 3), op("jit_b", 2.5, 4), op("jit_b", 5, 6), op("jit_c", 6, 6.5), {"ph": "M", "name": "x"}]
+    assert trace_step.summarise(events) == [
+        {"program": "a", "begins_s": 0, "busy_s": 2, "gap_s": 0},
+        {"program": "b", "begins_s": 1.5, "busy_s": 2.5, "gap_s": 1},
+        {"program": "c", "begins_s": 5, "busy_s": 0.5, "gap_s": 0},
+        {"program": "all", "begins_s": 0, "busy_s": 4.5, "gap_s": 1},
+    ]
+    with pytest.raises(ValueError, match="no operation"):
+        trace_step.summarise(events[-1:])

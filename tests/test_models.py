@@ -198,7 +198,7 @@ def test_decoding_equals_the_row_pass(tiny):
         x = apply(prompts["tokens"], prompts["visual"], visual, method="embed")
         row = Segments.prompts(prompts["length"], T)
         hidden, cache = apply(x, prompts["position"], row, prompts["visual"], visual, True, method="rows")
-        empty = jnp.zeros((c.layers, P, c.kv_heads, G, R, c.head_dim))
+        empty = AnswerCache(*(jnp.zeros((c.layers, P, c.kv_heads, G, *last)) for last in ((c.head_dim, R), (R, c.head_dim))))
 
         def step(answer, offset):
             position = jnp.broadcast_to((prompts["length"] + prompts["delta"])[:, None, None] + offset, (P, G, 3))
@@ -207,7 +207,7 @@ def test_decoding_equals_the_row_pass(tiny):
             hidden, answer = apply(x, position, lanes, cache, answer, method="lanes")
             return answer, hidden
 
-        _, hidden_RPGD = jax.lax.scan(step, AnswerCache(empty, empty), jnp.arange(R))
+        _, hidden_RPGD = jax.lax.scan(step, empty, jnp.arange(R))
         return hidden, jnp.moveaxis(hidden_RPGD, 0, 2)
 
     prompt_hidden, hidden = decode(params, visual, prompts, answers["tokens"])

@@ -79,6 +79,18 @@ def close(ours, theirs, tolerance: float):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest), ours, theirs)
 
 
+def test_the_first_update_needs_no_logprobs_from_before():
+    """A step with one update does not score the policy: its logprobs are those that the update has anyway."""
+    run, (_, after, metrics) = program(), two_updates()
+    reference, state = setup().reference(params()), setup().state(params(), SGD)
+    given, _ = experience(run, state.params)
+    state, numbers = run.update(state, reference, given.replace(old_PQ=None), jnp.int32(0))
+    close(jax.tree.map(np.array, state.params), after[0], 1e-6)
+    assert numbers.pop("actor/ppo_kl") == 0 and numbers.keys() < metrics[0].keys()
+    for name, value in numbers.items():
+        assert float(value) == pytest.approx(metrics[0][name], rel=1e-4, abs=1e-6), name
+
+
 def same_run(ours, theirs, tolerance: float):
     (old, after, metrics), (old_1, after_1, metrics_1) = ours, theirs
     np.testing.assert_allclose(old, old_1, atol=1e-5)

@@ -139,12 +139,14 @@ def decode(
         running = lambda carry: carry[0].busy_NS.any() & ~carry[0].refill  # noqa: E731
         return jax.lax.while_loop(running, lambda carry: one_token(held, cache, carry), carry)
 
-    ring = jnp.zeros((text.layers, N, text.kv_heads, S, R, text.head_dim), dtype)
-    ring = constrain(ring, "layers", "batch", "kv_heads", None, None, None)
+    ring = lambda *last: constrain(  # noqa: E731
+        jnp.zeros((text.layers, N, text.kv_heads, S, *last), dtype), "layers", "batch", "kv_heads", None, None, None
+    )
+    rings = AnswerCache(ring(text.head_dim, R), ring(R, text.head_dim))
     answers_WB = [jnp.full((W, P // W * G * R), value) for value in (-1, 0.0, 0)]
     schedule = empty(P, G, N, S, W)
     hidden_NSD = jnp.zeros((N, S, text.width), start.hidden_PD.dtype)
-    carry = schedule, schedule.sample_NS, hidden_NSD, AnswerCache(ring, ring), answers_WB, Slots.none(), jnp.int32(0)
+    carry = schedule, schedule.sample_NS, hidden_NSD, rings, answers_WB, Slots.none(), jnp.int32(0)
     *_, answers_WB, slots, _ = jax.lax.while_loop(lambda carry: carry[0].busy_NS.any() | carry[0].refill, until_refill, carry)
 
     tokens_PGR, logp_PGR, state_PGR = (x.reshape(P, G, R) for x in answers_WB)

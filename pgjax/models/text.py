@@ -27,9 +27,9 @@ class PromptCache:
 
 @struct.dataclass
 class AnswerCache:
-    """Keys and values of the answers being decoded, one ring of R slots per head and lane: products over a ring need it whole."""
+    """Keys and values of the answers being decoded, one ring of R slots per head and lane, each as its product reads it fastest."""
 
-    k_LPKGRC: jax.Array
+    k_LPKGCR: jax.Array
     v_LPKGRC: jax.Array
 
 
@@ -78,10 +78,12 @@ class SelfAttention(nn.Module):
             out = attention(q, k, v, context)
             saved = PromptCache(*(y.swapaxes(1, 2) for y in (k, v)))
         else:
-            at = (layer, 0, 0, 0, context.slot, 0)
-            put = lambda ring, y: jax.lax.dynamic_update_slice(ring, y.swapaxes(1, 2)[None, ..., None, :], at)  # noqa: E731
-            cache = AnswerCache(put(cache.k_LPKGRC, k), put(cache.v_LPKGRC, v))
-            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPKGRC, cache.v_LPKGRC))
+            k, v = (y.swapaxes(1, 2)[None] for y in (k, v))
+            cache = AnswerCache(
+                jax.lax.dynamic_update_slice(cache.k_LPKGCR, k[..., None], (layer, 0, 0, 0, 0, context.slot)),
+                jax.lax.dynamic_update_slice(cache.v_LPKGRC, v[..., None, :], (layer, 0, 0, 0, context.slot, 0)),
+            )
+            own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPKGCR, cache.v_LPKGRC))
             out = lane_attention(q, prompt.k_LPKTC, prompt.v_LPKTC, own_k, own_v, context.sees_prompt_PT, context.sees_own_PGR)
             saved = None
         back = dict(inputs=2, dtype=self.dtype, scale=RESIDUAL, lora=self.lora)
