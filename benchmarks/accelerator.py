@@ -5,7 +5,8 @@
 
 Needs jax, flax, optax, scipy, transformers, torch (for peers), and pgjax on PYTHONPATH; reads and fetches nothing else. Each side of
 each model has a process of its own. A phase writes its line to --out when it is measured, and a later call on the same card does not
-measure it again, so a call may be cut off. A phase that fails (memory, mostly) has no numbers, and its reason as `note`.
+measure it again, so a call may be cut off; after a change of the code, take another file. A phase that fails (memory, mostly) has no
+numbers and its reason as `note`, and is tried again.
 
 Models have random weights and compute in bfloat16; 0.5B is Qwen2.5-0.5B's decoder beside the 3B's tower. A step has P prompts of T random
 tokens, without pictures, in one micro-batch, and G answers to each that end at lengths drawn from benchmarks/lengths.py's lognormal law
@@ -96,9 +97,13 @@ class Log:
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
         self.found = {line["phase"]: line for line in lines if keys.items() <= line.items()}
 
+    def has(self, *phases: str) -> bool:
+        """Whether these have been measured; what failed has not."""
+        return all("note" not in self.found.get(phase, {"note": ""}) for phase in phases)
+
     def measure(self, phase: str, f: Callable[..., dict], *args) -> None:
         """Write what `f` gives, or why it gives nothing, unless it is there."""
-        if phase in self.found:
+        if self.has(phase):
             return
         try:
             found = f(*args)
@@ -147,7 +152,7 @@ def ours(name: str, sizes: Sizes, repeats: int, path: Path) -> None:
     config = dataclasses.replace(MODELS[name][0], freeze_vision=True, lora_rank=rank, remat=remat)
     for dtype in ALLOWED:
         log.measure(f"attention, {dtype}", check_attention, config.text, dtype)
-    if log.found.keys() >= {*MEASURED}:
+    if log.has(*MEASURED):
         return
     weights_of = matmul_weights(config)
     matmul, copy = rates(config.compute_dtype, 2 * (weights_of.decoder + weights_of.head))
@@ -248,7 +253,7 @@ def theirs(name: str, sizes: Sizes, path: Path) -> None:
     import peers
 
     log = Log(path, side="theirs", model=name, device=peers.device_name(), **sizes._asdict())
-    if log.found.keys() >= {*MEASURED[:-1]}:
+    if log.has(*MEASURED[:-1]):
         return
     config, (P, T, G, *_) = MODELS[name][0], sizes
     prompts = text_prompts(QwenVL(config), P, T)
@@ -273,7 +278,8 @@ def table(path: Path, models: dict[str, Sizes]) -> list[dict]:
     """Rows of what the file has for these models, peers' beside ours; None where nothing could be measured."""
     rows = []
     for name, sizes in models.items():
-        mine, other = (Log(path, side=side, model=name, **sizes._asdict()).found for side in ("ours", "theirs"))
+        device = jax.devices()[0].device_kind
+        mine, other = (Log(path, side=side, model=name, device=device, **sizes._asdict()).found for side in ("ours", "theirs"))
         parts = [other.get(phase, {}).get("seconds") for phase in MEASURED[:-1]]
         other["whole step"] = {"seconds": None if None in parts else sum(parts)}
         for phase in (*(f"attention, {dtype}" for dtype in ALLOWED), *MEASURED):

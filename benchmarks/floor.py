@@ -3,10 +3,10 @@
     python benchmarks/floor.py [--model small|toy|NAME] [--prompts 8] [--group 16] [--limit 128] [--law lognormal] [--steps 3] [--json]
                                [any other key of a recipe, such as --rollout.lanes 4 --model.compute-dtype bfloat16]
 
-One device; toy conversations with pictures, the whole reward, one update on all prompts. `small` is the decoder of
-benchmarks/vs_trl.py with 6M parameters, `toy` that of the demo, other names are released shapes (pgjax/models/released.py); weights are
-random. Answers end at lengths drawn from laws of benchmarks/lengths.py, all with a mean of 0.29 of the limit. The step is
-grpo/trainer.py's own, timed as in a run by train/phases.py; every step has the same prompts, keys and so lengths.
+One device; toy conversations with pictures, the whole reward, the toy recipe's loss, four lanes a prompt, one update on all prompts.
+`small` is the decoder of benchmarks/vs_trl.py with 6M parameters, `toy` that of the demo, other names are released shapes
+(pgjax/models/released.py); weights are random. Answers end at lengths drawn from laws of benchmarks/lengths.py, all with a mean of 0.29
+of the limit. The step is grpo/trainer.py's own, timed as in a run by train/phases.py; every step has the same prompts, keys and lengths.
 
 floor_seconds of a phase is the larger of
 
@@ -58,13 +58,14 @@ def step_recipe(model: str, prompts: int, group: int, limit: int) -> Recipe:
         devices=0,
         data=dataclasses.replace(toy.data, train_examples=max(64, 4 * prompts), eval_examples=8),
         answer=AnswerConfig(max_tokens=limit),
-        rollout=RolloutConfig(group=group),
-        grpo=GRPOConfig(prompts=prompts, mini_prompts=prompts, micro_prompts=prompts),
+        rollout=RolloutConfig(group=group, lanes=min(4, group)),
+        grpo=GRPOConfig(prompts=prompts, mini_prompts=prompts, micro_prompts=prompts, loss=toy.grpo.loss),
     )
 
 
-def measure(recipe: Recipe, law: str, steps: int) -> tuple[list[dict], dict]:
-    """Rows {law, phase, seconds, share, floor_seconds, ratio} with medians of `steps` steps after one, and what was measured."""
+def measure(recipe: Recipe, law: str, steps: int, matmul: float, copy: float) -> tuple[list[dict], dict]:
+    """Rows {law, phase, seconds, share, floor_seconds, ratio} with medians of `steps` steps after one, and the sizes of the step.
+    `matmul` and `copy` are the device's rates, FLOP/s and bytes/s."""
     recipe = validate(recipe)
     setup = make_setup(recipe.model, make_mesh(MeshConfig(), jax.devices()[:1]))
     with tempfile.TemporaryDirectory() as folder:
@@ -90,15 +91,12 @@ def measure(recipe: Recipe, law: str, steps: int) -> tuple[list[dict], dict]:
     weights, length_PG = matmul_weights(recipe.model), np.asarray(rollouts[0].length_PG)
     counts = {name.removeprefix("count/"): float(value) for name, value in metrics.items() if name.startswith("count/")}
     found = phase_metrics(recipe, weights, seconds, counts, 1, None)
-    matmul, copy = rates(recipe.model.compute_dtype, (weights.decoder + weights.head) * jnp.dtype(recipe.model.compute_dtype).itemsize)
     floor = floors(recipe, loaded[0], length_PG, {phase: found[f"perf/flops/{phase}"] for phase in PHASES}, matmul, copy)
     floor, seconds["whole step"] = floor | {"whole step": sum(floor.values())}, seconds["step"]
     notes = {
         "parameters": sum(x.size for x in jax.tree.leaves(reference)),
         "prompt_tokens": counts["prompt"] / len(length_PG),
         "answer_tokens": counts["response"] / length_PG.size,
-        "matmul_rate": matmul,
-        "copy_rate": copy,
     }
     rows = [
         {"law": law, "phase": phase, "seconds": seconds[phase], "share": seconds[phase] / seconds["step"], "floor_seconds": least,
@@ -119,15 +117,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args, keys = parser.parse_known_args()
     recipe = override(step_recipe(args.model, args.prompts, args.group, args.limit), keys)
+    weights, dtype = matmul_weights(recipe.model), recipe.model.compute_dtype
+    matmul, copy = rates(dtype, (weights.decoder + weights.head) * jnp.dtype(dtype).itemsize)
     rows = []
     for law in args.law:
-        of_law, notes = measure(recipe, law, args.steps)
+        of_law, notes = measure(recipe, law, args.steps, matmul, copy)
         rows += of_law
     title = (
         f"A GRPO step beside its floor ({args.model}, {notes['parameters'] / 1e6:.2f}M parameters, {recipe.model.compute_dtype}, one "
-        f"device): {recipe.grpo.prompts} prompts of {notes['prompt_tokens']:.0f} tokens (mean), {recipe.rollout.group} answers to each, "
+        f"device): {recipe.grpo.prompts} prompts of {notes['prompt_tokens']:.0f} tokens (mean), {recipe.rollout.group} answers to each "
+        f"through {recipe.rollout.lanes or recipe.rollout.group} lanes, "
         f"{notes['answer_tokens']:.0f} (mean, under the last law) of at most {recipe.answer.max_tokens} tokens; medians of {args.steps} "
-        f"steps. Matmuls reach {notes['matmul_rate'] / 1e9:.3g} GFLOP/s, copies {notes['copy_rate'] / 1e9:.3g} GB/s."
+        f"steps. Matmuls reach {matmul / 1e9:.3g} GFLOP/s, copies {copy / 1e9:.3g} GB/s."
     )
     show(rows, args.json, title)
 

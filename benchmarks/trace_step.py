@@ -3,14 +3,14 @@
     python benchmarks/trace_step.py runs/NAME [--json]
 
 The trace has every operation of every program with its times. `busy_s` is the time in which at least one device works on the program,
-`gap_s` that before its first operation in which none works on anything: what the host, or the end of the step before, made it wait. The
-last row is the whole trace; its gap is all idle time.
+`gap_s` that in which none works on anything and which an operation of it ends: it waited for the host. The last row is the whole trace.
 """
 
 import argparse
 import gzip
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 from timing import show
@@ -40,7 +40,7 @@ def summarise(events: list[dict]) -> list[dict]:
     everything = union([span for of_program in spans.values() for span in of_program])
     first, last = everything[0][0], everything[-1][1]
     length = lambda joined: sum(end - begin for begin, end in joined)  # noqa: E731
-    idle_before = {begin: begin - end for (_, end), (begin, _) in zip(everything, everything[1:], strict=False)}
+    idle_before = {begin: begin - end for (_, end), (begin, _) in pairwise(everything)}
     rows = []
     for program, of_program in sorted(spans.items(), key=lambda item: min(item[1])):
         joined = union(of_program)

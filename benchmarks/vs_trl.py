@@ -68,6 +68,7 @@ def texts(tokenizer, policy: int) -> list[str]:
 
     taxonomy = load_taxonomy()
     ids = tokenizer(render_policy(taxonomy, full_view(taxonomy, "leaf"), descriptions=True))["input_ids"]
+    assert policy <= len(ids), f"the policy has {len(ids)} tokens"
     return [tokenizer.decode(ids[:policy]) + question for question in QUESTIONS]
 
 

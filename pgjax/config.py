@@ -201,7 +201,7 @@ class GRPOConfig:
     def scores_policy(self) -> bool:
         """Whether a step computes the logprobs that the policy had before it. With one update a step the policy that samples is the one
         that is updated, so they are the update's own; only a KL in the reward needs them earlier."""
-        return self.prompts > self.mini_prompts or self.loss.kl_in_reward > 0
+        return self.prompts > self.mini_prompts or self.loss.kl_in_reward != 0
 
 
 @dataclass(frozen=True)

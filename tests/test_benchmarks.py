@@ -88,7 +88,10 @@ def test_floor(quick):
     from tiny_recipe import tiny_recipe
 
     recipe = dataclasses.replace(tiny_recipe(), mesh=MeshConfig(), devices=0)
-    rows, notes = floor.measure(recipe, "lognormal", steps=1)
+    loss = dataclasses.replace(recipe.grpo.loss, kl_in_reward=0.0)
+    grpo = dataclasses.replace(recipe.grpo, mini_prompts=recipe.grpo.prompts, micro_prompts=recipe.grpo.prompts, loss=loss)
+    recipe = dataclasses.replace(recipe, grpo=grpo)  # one update a step: the reference alone is scored
+    rows, notes = floor.measure(recipe, "lognormal", steps=1, matmul=1e9, copy=1e9)
     assert [row["phase"] for row in rows] == [*floor.PHASES, "whole step"]
     for row in rows:
         assert row["seconds"] > 0 and (
@@ -97,7 +100,7 @@ def test_floor(quick):
     *phases, whole = rows
     assert whole["floor_seconds"] == sum(row["floor_seconds"] for row in phases)
     assert whole["seconds"] == pytest.approx(sum(row["seconds"] for row in phases))
-    assert notes["matmul_rate"] > 0 and notes["copy_rate"] > 0 and 1 <= notes["answer_tokens"] <= recipe.answer.max_tokens
+    assert all(rate > 0 for rate in floor.rates("float32", 1 << 20)) and 1 <= notes["answer_tokens"] <= recipe.answer.max_tokens
 
     # Two prompts of 3 and 5 tokens, answers of 1 to 4 tokens, counted one by one; one lane a prompt, at rates of 1 a second.
     text, vision = recipe.model.text, recipe.model.vision
@@ -112,7 +115,7 @@ def test_floor(quick):
     each = 4 * text.heads * text.head_dim * text.layers
     tower = 4 * vision.width * (5**2 + 3**2 + 2**2)  # a block that sees the picture, and one that sees windows
     assert found["prefill"] == each * inside and found["encode"] == tower and found["reward"] == 0
-    assert found["update"] == 3 * (each * (inside + behind) + tower) == 1.5 * found["score"]
+    assert found["update"] == 3 * (each * (inside + behind) + tower) == 3 * found["score"]
     weights, cached = matmul_weights(recipe.model), 2 * text.kv_heads * text.head_dim * text.layers
     caches = sum(length_PG.sum(1) * prompt_P) + sum(r + 1 for n in length_PG.flat for r in range(n))
     assert found["decode"] == pytest.approx(4e3 * (5 * (weights.decoder + weights.head) + cached * caches))

@@ -146,6 +146,12 @@ class Programs:
         per_row = config.micro_prompts // shards
         answers_of_row = per_row * G
 
+        def encoded(weights, batch: PromptBatch):
+            return encode(model, weights, batch)
+
+        def prefilled(weights, batch: PromptBatch, visual: Visual):
+            return prefill(model, weights, batch, visual)
+
         def decoded(weights, batch: PromptBatch, gold: Gold, start, step, *, group, greedy):
             P, by = gold.modality_P.shape[0], recipe.rollout
             cut = dict(top_k=by.top_k, top_p=by.top_p, lanes=by.lanes, rows=by.rows if by.rows < P else 0)
@@ -230,9 +236,12 @@ class Programs:
             whole = lambda trained, micro: loss_sum(merge(trained, reference), micro)  # noqa: E731
             return update(state, optimizer, whole, mini, number, micros)
 
+        def averaged(*updates):
+            return jax.tree.map(lambda *x: jnp.stack(x).mean(), *updates)
+
         self.gather = program(setup.cast, setup.rollout)
-        self.encode = program(lambda weights, batch: encode(model, weights, batch))
-        self.prefill = program(lambda weights, batch, visual: prefill(model, weights, batch, visual), None)
+        self.encode = program(encoded)
+        self.prefill = program(prefilled, None)
         self.decode = program(decoded, (on_rows, everywhere), static_argnames=("group", "greedy"))
         self._judge = program(judged)
         self._choose = program(partial(chosen, config=config, shards=shards), Choice(on_rows, on_rows, everywhere))
@@ -241,6 +250,7 @@ class Programs:
         self.score_given = answer_scorer(model, Law(blocked_V, automaton, jnp.ones((1, 1), bool), R), mesh)
         self.experience = program(experience, (on_rows, everywhere))
         self.update = program(updated, (setup.state_shardings(optimizer), everywhere), donate_argnums=0)
+        self.average = program(averaged, everywhere)
         self.encoder, self.answers_of_row, self.shards = encoder, answers_of_row, shards
 
     def names(self, rollout: Rollout, gold: Gold) -> tuple[jax.Array, jax.Array, jax.Array]:

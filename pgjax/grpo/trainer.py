@@ -97,7 +97,7 @@ def grpo_step(
         state, update_metrics = programs.update(state, reference, experience, jnp.int32(index))
         updates.append(update_metrics)
     done("update", updates)
-    return state, metrics | {name: jnp.stack([u[name] for u in updates]).mean() for name in updates[0]}
+    return state, metrics | programs.average(*updates)
 
 
 def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, run: RunFolder, show: bool) -> dict:

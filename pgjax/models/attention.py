@@ -156,7 +156,7 @@ def _kernel_backward(platform: str, q, k, v, ids, delta, lse, d_out):
 
 # --- loops over pairs: any device -----------------------------------------------------------------------------------------------
 
-LOOP_BLOCK = (64, 8)  # as above: tiles stay in a core's cache, and little of what they cover is masked
+LOOP_BLOCK = (64, 8)  # most slots of a block, and what they are a multiple of: tiles stay in a core's cache
 
 
 def _at(x, index):

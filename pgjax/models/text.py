@@ -27,7 +27,7 @@ class PromptCache:
 
 @struct.dataclass
 class AnswerCache:
-    """Keys and values of the answers being decoded, one ring of R slots per head and lane, each as its product reads it fastest."""
+    """Keys and values of the answers being decoded, one ring of R slots per head and lane; products over a ring need it whole."""
 
     k_LPKGCR: jax.Array
     v_LPKGRC: jax.Array
