@@ -205,7 +205,7 @@ def test_accelerator(quick, monkeypatch, tmp_path, capsys):
 
 
 def test_accelerator_imports():
-    """On a machine that lends an accelerator there is jax, torch and little else."""
+    """Beside an accelerator there may be jax, torch and little else."""
     absent = ["tyro", "grain", "tensorflow_datasets", "tensorboardX", "orbax", "array_record", "PIL", "peft", "trl", "datasets"]
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import accelerator; assert 'peers' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, BENCHMARKS.parent)))}

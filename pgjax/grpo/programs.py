@@ -66,7 +66,7 @@ class Experience:
     """What the update reads of a step; leaves have leading axis rows, Q are packed slots."""
 
     rows: Rows
-    old_PQ: jax.Array | None  # logprobs of the policy that sampled, by the scoring program; None: it is the one that is updated
+    old_PQ: jax.Array | None  # logprobs of the policy that sampled, by the scoring program; None: the update's own
     sampled_PQ: jax.Array  # the same as the sampler had them
     ref_PQ: jax.Array  # logprobs of the reference
     advantage_PG: jax.Array  # of each of the row's answers

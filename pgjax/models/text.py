@@ -27,7 +27,8 @@ class PromptCache:
 
 @struct.dataclass
 class AnswerCache:
-    """Keys and values of the answers being decoded, one ring of R slots per head and lane; products over a ring need it whole."""
+    """Keys and values of the answers being decoded, one ring of R slots per head and lane; products over a ring need it whole.
+    Keys have their channels first: XLA on CPUs then multiplies a query with all of them at once, without turning them."""
 
     k_LPKGCR: jax.Array
     v_LPKGRC: jax.Array
