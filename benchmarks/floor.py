@@ -66,7 +66,6 @@ def step_recipe(model: str, prompts: int, group: int, limit: int) -> Recipe:
 def measure(recipe: Recipe, law: str, steps: int, matmul: float, copy: float) -> tuple[list[dict], dict]:
     """Rows {law, phase, seconds, share, floor_seconds, ratio} with medians of `steps` steps after one, and the sizes of the step.
     `matmul` and `copy` are the device's rates, FLOP/s and bytes/s."""
-    recipe = validate(recipe)
     setup = make_setup(recipe.model, make_mesh(MeshConfig(), jax.devices()[:1]))
     with tempfile.TemporaryDirectory() as folder:
         materials = make_materials(recipe, Path(folder))
@@ -116,7 +115,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="that count, after one that does not")
     parser.add_argument("--json", action="store_true")
     args, keys = parser.parse_known_args()
-    recipe = override(step_recipe(args.model, args.prompts, args.group, args.limit), keys)
+    try:
+        recipe = validate(override(step_recipe(args.model, args.prompts, args.group, args.limit), keys))
+    except ValueError as error:
+        parser.error(str(error))
     weights, dtype = matmul_weights(recipe.model), recipe.model.compute_dtype
     matmul, copy = rates(dtype, (weights.decoder + weights.head) * jnp.dtype(dtype).itemsize)
     rows = []
