@@ -91,7 +91,7 @@ def score_rows(rows: Sequence[Given], setup: Setup, params: dict, tokenizer) -> 
     # T and R in steps, so that files of like rows share a compiled program.
     T, R = up([row.length for row in rows], 64), up([len(row.tokens) for row in rows], 64)
     I = up([row.slots for row in rows], config.vision.window_patches)  # noqa: E741
-    scorer = answer_scorer(setup.model, Law(jnp.zeros(config.text.vocab, bool), None, jnp.ones((1, 1), bool), R), setup.mesh)
+    scorer = answer_scorer(setup.model, Law(jnp.zeros(config.text.vocab, bool), None, None, R), setup.mesh)
     for start in range(0, len(rows), P):
         part = list(rows[start : start + P])
         full = part + part[:1] * (P - len(part))

@@ -51,19 +51,18 @@ class Tails:
     branch_WB: jax.Array  # int32
 
 
-def vacant(text: TextConfig, rows: int, prompt_tokens: int, limit: int, outcomes: int, shards: int, dtype) -> Batch:
-    """N = `rows` free rows for prompts of at most T and answers of at most R = `limit` tokens. `shards` W divides N."""
+def vacant(text: TextConfig, law: Law, rows: int, prompt_tokens: int, shards: int, dtype) -> Batch:
+    """N = `rows` free rows for prompts of T = `prompt_tokens` and answers of R = `law.limit` tokens at most. `shards` W divides N."""
+    A, J = law.automaton.distance_AJ.shape
     zeros = lambda *shape, dtype=jnp.int32: jnp.zeros((rows, *shape), dtype)  # noqa: E731
     own = jnp.tile(jnp.arange(rows // shards), shards)
     taken = jnp.full(shards, rows // shards)
     idle = Schedule(own, zeros() + 1, zeros(1), zeros(1), zeros(1) > 0, taken, rows // shards, 1)
-    asked = Asked(
-        zeros(), zeros(outcomes, dtype=bool), zeros(dtype=bool), zeros(), zeros(dtype=jnp.float32), zeros(dtype=jnp.uint32), zeros()
-    )
+    asked = Asked(zeros(), zeros(J, dtype=bool), zeros(dtype=bool), zeros(), zeros(dtype=jnp.float32), zeros(dtype=jnp.uint32), zeros())
     keys = laws.answer_keys(jax.random.key(0), 0, asked.seed, 1)
-    held = Held(zeros(text.width, dtype=dtype), zeros(), zeros(prompt_tokens, dtype=bool), zeros(), keys, asked.outcome_J)
+    held = Held(zeros(text.width, dtype=dtype), zeros(), zeros(prompt_tokens, dtype=bool), zeros(), keys, zeros(A, dtype=jnp.int16))
     cache = jnp.zeros((text.layers, rows, text.kv_heads, prompt_tokens, text.head_dim), dtype)
-    return Batch(nothing_running(text, idle, limit, dtype), held, asked, PromptCache(cache, cache))
+    return Batch(nothing_running(text, idle, law.limit, dtype), held, asked, PromptCache(cache, cache))
 
 
 def shardings(batch: Batch, mesh) -> Batch:
@@ -101,7 +100,7 @@ def join(model: QwenVL, params, law: Law, batch: Batch, prompts: PromptBatch, as
         spread(jnp.arange(prompts.tokens_PT.shape[1]) < prompts.length_P[:, None], batch.held.sees_prompt_T),
         asked.start,
         jax.vmap(sample_key)(asked.seed, asked.sample)[:, None],
-        asked.outcome_J,
+        own(answers.distances(law.automaton, asked.outcome_J), batch.held.distance_A),
     )
     running, schedule = batch.running, batch.running.schedule
     empty = put(-1, running.tokens_WB.reshape(N, -1), 0).reshape(running.tokens_WB.shape)
@@ -118,7 +117,7 @@ def advance(model: QwenVL, params, law: Law, batch: Batch, drop_N: jax.Array, st
 
     def pick(held: Held, logits_NSV, state_NS, schedule: Schedule):
         used_NS = schedule.offset_NS + asked.spare[:, None]
-        bound = law.replace(outcome_PJ=held.outcome_J, constrained=True)
+        bound = law.replace(distance_PA=held.distance_A, constrained=True)
         logp_NSV = laws.log_probs(bound, logits_NSV, state_NS, used_NS, free_PS=~asked.bound[:, None])
         token_NS = laws.sample_at(logp_NSV, held.key_G, schedule.offset_NS, asked.temperature[:, None])
         logp_NS = jnp.take_along_axis(logp_NSV, token_NS[..., None], axis=-1)[..., 0]

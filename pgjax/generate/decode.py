@@ -65,7 +65,7 @@ class Held:
     sees_prompt_T: jax.Array  # bool
     start: jax.Array  # automaton state
     key_G: jax.Array
-    outcome_J: jax.Array | None
+    distance_A: jax.Array | None  # of a constrained law
 
 
 @struct.dataclass
@@ -168,7 +168,7 @@ def decode(
         jnp.arange(T) < batch.length_P[:, None],
         automaton.start_M[modality_P].astype(jnp.int32),
         laws.answer_keys(key, step, batch.id_P, G),
-        law.outcome_PJ if law.constrained else None,
+        law.distance_PA,
     )
 
     def hold(schedule: Schedule) -> tuple[Held, PromptCache]:
@@ -178,8 +178,7 @@ def decode(
         return jax.tree.map(take(0), prompts), jax.tree.map(take(1), start.prompt)
 
     def pick(held: Held, logits_NSV, state_NS, schedule: Schedule):
-        own_law = law.replace(outcome_PJ=held.outcome_J) if law.constrained else law
-        logp_NSV = laws.log_probs(own_law, logits_NSV, state_NS, schedule.offset_NS)
+        logp_NSV = laws.log_probs(law.replace(distance_PA=held.distance_A), logits_NSV, state_NS, schedule.offset_NS)
         key_NS = jax.vmap(lambda key_G, sample_S: key_G[sample_S])(held.key_G, schedule.sample_NS)
         token_NS = laws.sample(logp_NSV, key_NS, schedule.offset_NS, greedy, top_k, top_p).astype(jnp.int32)
         logp_NS = jnp.take_along_axis(logp_NSV, token_NS[..., None], axis=-1)[..., 0]

@@ -18,7 +18,7 @@ BLOCKED = -1e30
 class Law:
     blocked_V: jax.Array  # bool: image and vision tokens, vocabulary rows past the tokenizer's
     automaton: answers.Automaton
-    outcome_PJ: jax.Array  # bool: what this prompt's answer may name; read only when constrained
+    distance_PA: jax.Array | None  # int16: tokens to the end of an answer that this prompt allows (automaton.distances); if constrained
     limit: int = struct.field(pytree_node=False)  # R, stop token included
     temperature: float = struct.field(pytree_node=False, default=1.0)
     constrained: bool = struct.field(pytree_node=False, default=False)
@@ -33,13 +33,13 @@ def log_probs(
     free_PS: jax.Array | bool = False,
 ) -> jax.Array:
     """Normalised float32 log-probabilities [P, S, V]. `state_PS` is the automaton's state before the token, `offset` (scalar
-    or [P, S]) the number of answer tokens before it, `prompt_PS` which of the row's prompts it answers (there may be more outcomes
-    than rows, in their order), `free_PS` where a constrained law does not constrain. Removed tokens get about -1e30, never -inf."""
+    or [P, S]) the number of answer tokens before it, `prompt_PS` which of the row's prompts it answers (there may be more than
+    rows, in their order), `free_PS` where a constrained law does not constrain. Removed tokens get about -1e30, never -inf."""
     logits = logits_PSV.astype(jnp.float32) / law.temperature
     blocked = law.blocked_V
     if law.constrained:
         remaining_PS, prompt_PS = jnp.broadcast_to(law.limit - offset, state_PS.shape), jnp.broadcast_to(prompt_PS, state_PS.shape)
-        allowed_PSV = answers.allowed(law.automaton, state_PS, remaining_PS, law.outcome_PJ, prompt_PS)
+        allowed_PSV = answers.allowed(law.automaton, state_PS, remaining_PS, law.distance_PA, prompt_PS)
         blocked = blocked | ~(allowed_PSV | jnp.asarray(free_PS)[..., None])
     return jax.nn.log_softmax(jnp.where(blocked, BLOCKED, logits), axis=-1)
 

@@ -104,10 +104,9 @@ class Engine:
         self.rows = -(-rows // self.shards) * self.shards
         self.counts = Counts()
         text, dtype = self.model.config.text, jnp.dtype(self.model.config.compute_dtype)
-        outcomes = law.automaton.distance_AJ.shape[1]
-        make = partial(vacant, text, self.rows, prompt_tokens, law.limit, outcomes, self.shards, dtype)
+        make = lambda law: vacant(text, law, self.rows, prompt_tokens, self.shards, dtype)  # noqa: E731
         with jax.set_mesh(self.mesh):
-            place = shardings(jax.eval_shape(make), self.mesh)
+            place = shardings(jax.eval_shape(make, law), self.mesh)
             self._vacant = jax.jit(make, out_shardings=place)
             self._join = jax.jit(partial(join, self.model), out_shardings=place, donate_argnums=2)
             self._advance = jax.jit(partial(advance, self.model, steps=steps), out_shardings=place, donate_argnums=2)
@@ -160,7 +159,7 @@ class Engine:
             batch = None
             while self._wait_for_work():
                 try:
-                    batch = self._round(self._vacant() if batch is None else batch)
+                    batch = self._round(self._vacant(self.law) if batch is None else batch)
                 except Exception as error:  # a program failed, and what it held is lost: those who wait are told, and the next begin anew
                     self.counts.failures += 1
                     batch = None

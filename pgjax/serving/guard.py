@@ -107,7 +107,7 @@ class Guard:
             args = gold.modality_P, start, law_P, jax.random.key(0), jnp.int32(0)
             return decode(model, weights, prompt, *args, group=1, greedy=True)[0]
 
-        return answer, answer_scorer(model, law(jnp.ones((1, 1), bool), False), mesh)
+        return answer, answer_scorer(model, law(None, False), mesh)
 
     def _answer(self, batch: Batch) -> list[dict]:
         """Verdicts of a batch's real rows."""
