@@ -32,8 +32,9 @@ class Stopped(Exception):
 
 
 class Tail(NamedTuple):
-    """A continuation to score: it takes the answer's place from token `branch` on."""
+    """A continuation to score: it takes the answer's place from token `branch` on. `name` is the asker's own."""
 
+    name: str
     branch: int
     tokens: list[int]
 
@@ -54,12 +55,12 @@ class Ask:
 
 
 class Told(NamedTuple):
-    """An answer: its tokens (the stop token among them, if it was drawn), the automaton's state before and at its end, and for each tail
-    the logprobs of its tokens."""
+    """An answer: its tokens (the stop token among them, if it was drawn), the automaton's state at its end, and the tails that were to be
+    scored, each with the logprobs of its tokens."""
 
     tokens: list[int]
     state: int
-    tail_logp: list[np.ndarray]
+    tails: list[tuple[Tail, np.ndarray]]
 
 
 @dataclass
@@ -199,8 +200,8 @@ class Engine:
             if held and held[0].ask.heard and held[1] == 0:
                 held[0].ask.heard(tokens_NR[n, : length[n, 0]].tolist())
         told = {n: Told(tokens_NR[n, : length[n, 0]].tolist(), int(state[n, 0]), []) for n in ended}
-        for n, logp in self._score(batch, told):
-            told[n] = told[n]._replace(tail_logp=logp)
+        for n, tails in self._score(batch, told):
+            told[n] = told[n]._replace(tails=tails)
         for n, answer in told.items():
             request, sample = self._held[n]
             request.told[sample], self._held[n] = answer, None
@@ -245,7 +246,7 @@ class Engine:
         return self._join(self.weights, self.law, batch, *placed)
 
     def _score(self, batch, told: dict[int, Told]):
-        """(row, logprobs of its answer's tails), for the answers that have any; one of each shard at a time."""
+        """(row, its answer's tails with their logprobs), for the answers that have any; one of each shard at a time."""
         asked = {n: tails for n, answer in told.items() if (make := self._held[n][0].ask.tails) and (tails := make(answer.tokens))}
         per_shard = self.rows // self.shards
         while asked:
@@ -268,7 +269,7 @@ class Engine:
             placed = place_rows((row_W, Tails(tokens_WBU, branch_WB)), self.mesh)
             logp_WBU = np.asarray(self._closings(self.weights, self.law, batch, *placed))
             for w, n in now.items():
-                yield n, [logp_U[: len(tail.tokens)] for logp_U, tail in zip(logp_WBU[w], asked.pop(n), strict=False)]
+                yield n, [(tail, logp_U[: len(tail.tokens)]) for tail, logp_U in zip(asked.pop(n), logp_WBU[w], strict=False)]
 
     def _no_asked(self) -> Asked:
         J = self.law.automaton.distance_AJ.shape[1]
