@@ -1,6 +1,8 @@
 """The engine against the rollout: whoever comes and goes beside it, an answer is the one that a batch of its own would give."""
 
 import functools
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,12 @@ from tiny_recipe import ONE, P, R, batch, host_params, materials, setup, tiny_re
 
 from pgjax import automaton as answers
 from pgjax.generate.decode import decode, encode, prefill
+from pgjax.generate.labels import answer_scorer
 from pgjax.generate.law import Law
-from pgjax.serving.engine import Ask, Engine
+from pgjax.generate.score import answer_rows
+from pgjax.serving.engine import Ask, Engine, Full, Stopped, Tail
 from pgjax.tokenizer import never_sampled
+from pgjax.train.compilations import Compilations
 
 MODEL, DATA = setup().model, tiny_recipe().data
 BLOCKED_V = jnp.asarray(never_sampled(materials().tokenizer, MODEL.config.text.vocab))
@@ -72,3 +77,128 @@ def test_greedy_answers_are_those_of_the_rollout(engine, expected):
             assert materials().automaton.parsed_A[told.state]
         else:
             assert told.tokens == whole
+
+
+def test_samples_share_a_prefill_and_depend_on_seed_and_number_alone(engine):
+    if engine.rows // engine.shards < 4:
+        with pytest.raises(ValueError, match="takes 1 to 1"):
+            engine.submit(ask(0, samples=2))
+        alone = [engine.submit(ask(0, temperature=1.0, seed=seed)).result()[0].tokens for seed in (7, 8, 7)]
+        assert alone[0] == alone[2] != alone[1]
+        return
+    before = engine.counts.prefills
+    drawn = [told.tokens for told in engine.submit(ask(0, samples=4, temperature=1.0, seed=7)).result()]
+    assert engine.counts.prefills == before + 1 and len(set(map(tuple, drawn))) > 1
+    beside = [engine.submit(ask(p), wait=True) for p in (1, 2, 3)]
+    again = engine.submit(ask(0, samples=2, temperature=1.0, seed=7), wait=True).result()
+    assert [told.tokens for told in again] == drawn[:2]
+    assert engine.submit(ask(0, temperature=1.0, seed=8), wait=True).result()[0].tokens != drawn[0]
+    assert all(future.result() for future in beside)
+
+
+def test_a_limit_is_kept_and_bound_answers_end_in_it(engine):
+    shortest = int(np.asarray(law(True).automaton.distance_AJ)[ask(0).start][ask(0).outcome_J].min())
+    for limit in (shortest, shortest + 3):
+        [told] = engine.submit(ask(0, limit=limit)).result()
+        assert len(told.tokens) <= limit and materials().automaton.parsed_A[told.state]
+    [told] = engine.submit(ask(0, limit=5, bound=False)).result()
+    assert len(told.tokens) == 5
+
+
+def test_tails_are_scored_as_whole_answers_are(engine):
+    """Behind every token of the answer and behind the prompt: the logprobs of a forward pass over prompt, answer and tail."""
+    endings = [[5, 17, 301], [44], [301, 5, 17, 44, 9, 12, 700, 3, 2]]
+    made: list[Tail] = []
+
+    def tails(tokens):
+        made[:] = [
+            Tail(f"{k}", branch, endings[k % 3]) for k, branch in enumerate((0, 1, 2, len(tokens) // 2, len(tokens) - 1, len(tokens)))
+        ]
+        return made
+
+    futures = [(p, engine.submit(ask(p, tails=tails, bound=False, limit=R - 9), wait=True)) for p in (0, 3, 5)]
+    scorer = answer_scorer(MODEL, law(False), setup().mesh)
+    for p, future in futures:
+        [told] = future.result()
+        ids = [[*told.tokens[: tail.branch], *tail.tokens] for tail, _ in told.tails]
+        tokens_PGR, length_PG = answer_rows([ids], R)
+        logp_PQ = scorer(host_params(), ask(p).prompt, tokens_PGR, length_PG)[0]
+        ends = np.cumsum(length_PG[0])
+        for (tail, logp), end in zip(told.tails, ends, strict=True):
+            np.testing.assert_allclose(logp, logp_PQ[end - len(tail.tokens) : end], atol=2e-5)
+
+
+def test_nothing_compiles_for_another_request(engine):
+    run = lambda: [f.result() for f in [engine.submit(ask(p, samples=1, tails=lambda t: [Tail("", 0, [1])]), wait=True) for p in range(P)]]  # noqa: E731
+    run()
+    compilations = Compilations()
+    run()
+    engine.submit(ask(1, temperature=0.5, seed=3, limit=R - 2, bound=False)).result()
+    assert compilations.take() == 0
+
+
+def test_who_does_not_wait_any_more_frees_his_row(engine):
+    """Passed deadlines and cancelled futures, in the queue and in the batch; those beside them get what they would have got."""
+    expected = engine.submit(ask(2)).result()[0].tokens
+    late = [engine.submit(ask(p, deadline=time.monotonic() - 1), wait=True) for p in range(3)]
+    gone = [engine.submit(ask(p), wait=True) for p in range(6)]
+    for future in gone[::2]:
+        future.cancel()
+    stays = engine.submit(ask(2), wait=True)
+    assert stays.result()[0].tokens == expected
+    for future in late:
+        with pytest.raises(TimeoutError, match="deadline"):
+            future.result()
+    assert all(future.cancelled() or future.result() for future in gone)
+    wait_until(lambda: engine.counts.busy == engine.counts.waiting == 0)
+
+
+def test_a_full_queue_refuses_and_a_failure_is_told_and_survived(engine, monkeypatch):
+    entered, go_on = threading.Event(), threading.Event()
+
+    def stuck(*args, **kwargs):
+        entered.set()
+        go_on.wait()
+        raise RuntimeError("a program failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_advance", stuck)
+        inside = engine.submit(ask(0))
+        assert entered.wait(60)
+        waiting = [engine.submit(ask(1)) for _ in range(engine.queue)]
+        with pytest.raises(Full, match="waiting already"):
+            engine.submit(ask(2))
+    go_on.set()
+    with pytest.raises(RuntimeError, match="a program failed"):
+        inside.result()
+    assert len({tuple(future.result()[0].tokens) for future in waiting}) == 1 and engine.counts.failures == 1
+
+
+def test_a_stream_hears_the_answer_grow(engine):
+    heard: list[list[int]] = []
+    [told] = engine.submit(ask(1, heard=lambda tokens: heard.append(tokens))).result()
+    assert heard[-1] == told.tokens and len(heard) > 1
+    assert all(a == b[: len(a)] for a, b in zip(heard, heard[1:], strict=False))
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_stopping(drain):
+    made = setup()
+    engine = Engine(
+        made, jax.device_put(host_params(), made.rollout), law(True), DATA.prompt_tokens, DATA.patches, rows=4, queue=16, steps=5
+    )
+    futures = [engine.submit(ask(p)) for p in range(8)]
+    engine.stop(drain)
+    if drain:
+        assert all(future.result() for future in futures)
+    else:
+        assert any(isinstance(future.exception(), Stopped) for future in futures) and all(future.done() for future in futures)
+    with pytest.raises(Stopped):
+        engine.submit(ask(0))
+
+
+def wait_until(true, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
