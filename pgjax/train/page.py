@@ -88,5 +88,5 @@ def whole_page(title: str, header: str, sections: Mapping[str, str]) -> str:
 
 
 def facts(items: Mapping[str, object]) -> str:
-    """Names, which are markup, over their values."""
-    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in items.items()) + "</dl>"
+    """Names over their values."""
+    return "<dl>" + "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items.items()) + "</dl>"
