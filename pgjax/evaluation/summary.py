@@ -23,11 +23,11 @@ OOD = {"natural": "_masked", "masked": "_masked", "never_seen": "_never_seen"}  
 
 
 class Evaluated(NamedTuple):
-    """One benchmark with its answers."""
+    """One benchmark with its answers. Rows whose risk the taxonomy lacks (natural OOD) belong in the first pass only."""
 
     name: str
     rows: Rows  # the whole policy in the prompt
-    hidden: Rows | None  # a second pass over rows of known category, the gold category hidden from half of them; None: not made
+    hidden: Rows | None  # a second pass, the gold category hidden from half of the rows; None where it was not made
     lines: tuple[str, ...]  # of LINES, what the benchmark labels
     left_out: Mapping[str, int]  # rows that were not used, by reason
     seconds: float
@@ -62,7 +62,7 @@ def summary(sets: Sequence[Evaluated], resamples: int = RESAMPLES, seed: int = 0
 
 def _benchmark(one: Evaluated, resamples: int, seed: int) -> dict:
     found = table(one.rows, resamples, seed)
-    main, *others = [line for line in LINES if line in one.lines]
+    main = "request" if "request" in one.lines else "response"
     ood = dict.fromkeys(OOD)
     if one.hidden is not None:
         hidden = table(one.hidden, resamples, seed)
@@ -70,7 +70,7 @@ def _benchmark(one: Evaluated, resamples: int, seed: int) -> dict:
     return {
         "line": main,
         **_binary(one.rows, main, found),
-        "response": _binary(one.rows, *others, found) if others else None,
+        "response": _binary(one.rows, "response", found) if set(one.lines) == set(LINES) else None,
         "category": {"n": found["counts"]["category_n"], **_picked(found, {"accuracy": "category_accuracy"})},
         "ood": ood | {"natural": _ood(one.rows, OOD["natural"], found)},
         "rows": found["counts"]["n"],

@@ -6,6 +6,7 @@ same tables, whose cells are plain text: each escapes for itself.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from textwrap import fill
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ CONVENTIONS = {
     "unstated": "F1, the paper does not say of which kind; hence both of ours",
     "bonus": "the naming bonus of the reward alone, mean over OOD rows with 0 for misses (ours at most 50; the paper states no scale)",
 }
-KINDS = {"natural": "natural", "masked": "masked", "never_seen": "never seen"}
 FIGURES = {  # of OOD
     "n": "rows",
     "positives": "OOD rows",
@@ -45,7 +45,7 @@ class Table(NamedTuple):
     section: str
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     note: str  # under the table: convention, failures, weights
 
 
@@ -57,21 +57,21 @@ def percent(entry: Mapping, key: str, digits: int = 1, interval: bool = True) ->
     return f"{100 * entry[key]:.{digits}f}" + (f" ({100 * ends[0]:.{digits}f}–{100 * ends[1]:.{digits}f})" if ends else "")
 
 
-def tables(summary: dict, name: str) -> Iterator[Table]:
-    """Every table that has a row; `name` is what to call the guard."""
+def tables(summary: dict, guard: str) -> Iterator[Table]:
+    """Every table that has a row; `guard` is what to call it."""
     benchmarks = summary["benchmarks"]
     for line in LINES:
-        entries = {set_: entry for set_, one in benchmarks.items() if (entry := line_of(one, line))}
+        entries = {name: entry for name, one in benchmarks.items() if (entry := line_of(one, line))}
         if entries:
-            yield from _line(line, entries, summary, name)
-    listed = {set_: one["category"] for set_, one in benchmarks.items() if one["category"]["n"]}
+            yield from _line(line, entries, summary, guard)
+    listed = {name: one["category"] for name, one in benchmarks.items() if one["category"]["n"]}
     if listed:
-        rows = [(set_, str(entry["n"]), percent(entry, "accuracy")) for set_, entry in listed.items()]
+        rows = [(name, str(entry["n"]), percent(entry, "accuracy")) for name, entry in listed.items()]
         note = f"Percent. Right is the id of an accepted category among rows whose gold category the policy lists; {FAILURES}."
         yield Table("Categories", "Categories of the policy", ("benchmark", "n", "accuracy"), rows, note)
-        yield from _beside("Categories", "Category accuracy", "category", {name: {set_: one["accuracy"] for set_, one in listed.items()}})
-    yield from _ood(benchmarks, name)
-    used = [(set_, str(one["rows"]), _reasons(one["left_out"]), f"{one['seconds']:.0f}") for set_, one in benchmarks.items()]
+        yield from _beside("Categories", "Category accuracy", "category", {guard: {name: one["accuracy"] for name, one in listed.items()}})
+    yield from _ood(benchmarks, guard)
+    used = [(name, str(one["rows"]), _reasons(one["left_out"]), f"{one['seconds']:.0f}") for name, one in benchmarks.items()]
     yield Table("Rows", ROWS, ("benchmark", "rows", "left out", "seconds"), used, "Rows of the first pass; seconds of both.")
 
 
@@ -79,12 +79,12 @@ def _reasons(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in left_out.items()) or "–"
 
 
-def _line(line: str, entries: Mapping[str, dict], summary: dict, name: str) -> Iterator[Table]:
+def _line(line: str, entries: Mapping[str, dict], summary: dict, guard: str) -> Iterator[Table]:
     title, level = f"{line.capitalize()}s", f"{100 * summary['level']:.0f}%"
     plain = lambda entry, *keys: [percent(entry, key, interval=False) for key in keys]  # noqa: E731
     rows = []
-    for set_, one in entries.items():
-        counts = set_ + " *" * one["all_unsafe"], str(one["n"]), str(one["unsafe"]), str(one["n"] - one["n_parsed"])
+    for name, one in entries.items():
+        counts = name + " *" * one["all_unsafe"], str(one["n"]), str(one["unsafe"]), str(one["n"] - one["n_parsed"])
         shown = percent(one, "f1_unsafe"), *plain(one, "precision"), percent(one, "recall"), percent(one, "fpr")
         rows.append((*counts, *shown, *plain(one, "accuracy", "auroc")))
     columns = ("benchmark", "n", "unsafe", "no parse", UNSAFE, "precision", "recall", "FPR", "accuracy", "AUROC")
@@ -92,7 +92,7 @@ def _line(line: str, entries: Mapping[str, dict], summary: dict, name: str) -> I
     star = " * All rows are unsafe: F1 is then 2r / (1 + r) of the recall r; read the recall."
     yield Table(title, f"{title}, scores", columns, rows, note + star * any(one["all_unsafe"] for one in entries.values()))
 
-    rows = [(set_, *plain(one, *F1), *plain(one["parsed_only"], *F1)) for set_, one in entries.items()]
+    rows = [(name, *plain(one, *F1), *plain(one["parsed_only"], *F1)) for name, one in entries.items()]
     means = summary["averages"][line]
     for kind, label in {"all": "all sets", "paper": "the paper's sets"}.items():
         for how, mean in {"mean": "mean", "row_weighted": "row-weighted mean"}.items():
@@ -103,36 +103,32 @@ def _line(line: str, entries: Mapping[str, dict], summary: dict, name: str) -> I
     note += "Row-weighted: each set counts by its rows; the paper's sets by the rows that give its printed averages."
     yield Table(title, f"{title}, both F1 conventions", columns, rows, note)
     for suffix, key in {"": "f1_weighted", "_unsafe": "f1_unsafe"}.items():
-        ours = {set_: one[key] for set_, one in entries.items()}
+        ours = {name: one[key] for name, one in entries.items()}
         if means["paper"][key]:
             ours["average"] = means["paper"][key]["row_weighted"]
-        yield from _beside(title, f"{title}, {WEIGHTED if key == 'f1_weighted' else UNSAFE}", line + suffix, {name: ours})
+        yield from _beside(title, f"{title}, {WEIGHTED if key == 'f1_weighted' else UNSAFE}", line + suffix, {guard: ours})
 
 
-def _ood(benchmarks: Mapping[str, dict], name: str) -> Iterator[Table]:
-    has = {set_: [kind for kind in OOD if one["ood"][kind] and one["ood"][kind]["positives"]] for set_, one in benchmarks.items()}
+def _ood(benchmarks: Mapping[str, dict], guard: str) -> Iterator[Table]:
+    has = {name: [kind for kind in OOD if one["ood"][kind] and one["ood"][kind]["positives"]] for name, one in benchmarks.items()}
     shown = [kind for kind in OOD if any(kind in kinds for kinds in has.values())]
     rows = []
-    for set_, kinds in has.items():
+    for name, kinds in has.items():
         for key, label in FIGURES.items():
-            cells = [_figure(benchmarks[set_]["ood"][kind], key) if kind in kinds else "–" for kind in shown]
+            cells = [_figure(benchmarks[name]["ood"][kind], key) if kind in kinds else "–" for kind in shown]
             if any(cell != "–" for cell in cells):
-                rows.append((f"{set_}, {label}", *cells))
+                rows.append((f"{name}, {label}", *cells))
     if not rows:
         return
-    note = "Percent, OOD the positive class among rows of known category; natural: the taxonomy lacks the risk, masked: its category is "
-    note += (
-        f"hidden from the prompt, never seen: hidden in training too. {FAILURES.capitalize()}. Naming: means over OOD rows, 0 for those "
-    )
-    note += "answered otherwise: similarity to the gold category's phrases, and the rank that it gives the gold category among all."
-    yield Table("OOD", "OOD detection and naming", ("benchmark", *(KINDS[kind] for kind in shown)), rows, note)
-    masked = {set_: benchmarks[set_]["ood"]["masked"] for set_, kinds in has.items() if "masked" in kinds}
-    f1 = {
-        f"{name}, {label}": {set_: one[key] for set_, one in masked.items()} for key, label in (("f1", "F1 OOD"), ("f1_weighted", WEIGHTED))
-    }
-    yield from _beside("OOD", "OOD detection, masked", "ood_detection", f1)
-    bonus = {set_: one.get("naming_bonus") for set_, one in masked.items()}
-    yield from _beside("OOD", "OOD naming, masked", "ood_description", {name: bonus})
+    note = f"Percent, OOD the positive class among rows of known category; {FAILURES}. natural: the taxonomy lacks the risk, masked: its "
+    note += "category is hidden from the prompt, never seen: hidden in training too. naming: means over OOD rows, 0 for those answered "
+    note += "otherwise, of the similarity to the gold category's phrases and of the rank that it gives the gold category among all."
+    yield Table("OOD", "OOD detection and naming", ("benchmark", *(kind.replace("_", " ") for kind in shown)), rows, note)
+    masked = {name: benchmarks[name]["ood"]["masked"] for name, kinds in has.items() if "masked" in kinds}
+    ours = lambda key: {name: one.get(key) for name, one in masked.items()}  # noqa: E731
+    both = {f"{guard}, F1 OOD": ours("f1"), f"{guard}, {WEIGHTED}": ours("f1_weighted")}
+    yield from _beside("OOD", "OOD detection, masked", "ood_detection", both)
+    yield from _beside("OOD", "OOD naming, masked", "ood_description", {guard: ours("naming_bonus")})
 
 
 def _figure(entry: Mapping, key: str) -> str:
@@ -159,10 +155,10 @@ def _beside(section: str, title: str, key: str, ours: Mapping[str, Mapping[str, 
 # --- text, Markdown, HTML ----------------------------------------------------------------------------------------------------------
 
 
-def as_text(summary: dict, name: str = "this guard") -> str:
+def as_text(summary: dict, guard: str = "this guard") -> str:
     """For a terminal: columns aligned."""
     parts = []
-    for table in tables(summary, name):
+    for table in tables(summary, guard):
         lines = [[_flat(cell) for cell in line] for line in (table.columns, *table.rows)]
         wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
         pad = lambda line, wide=wide: [line[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(line[1:], wide[1:], strict=True))]  # noqa: E731
@@ -170,36 +166,36 @@ def as_text(summary: dict, name: str = "this guard") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_markdown(summary: dict, name: str = "this guard") -> str:
+def as_markdown(summary: dict, guard: str = "this guard") -> str:
     """Tables for a README, headings of the third level."""
     parts = []
-    for table in tables(summary, name):
+    for table in tables(summary, guard):
         lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1)), *(map(_marked, row) for row in table.rows)]
         parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_marked(table.note)}")
     return "\n\n".join(parts) + "\n"
 
 
 def _flat(cell: str) -> str:
-    return " ".join(printable(cell, 200).split())
+    return " ".join(printable(cell, 1000).split())
 
 
 def _marked(cell: str) -> str:
     """Escaped for HTML and for Markdown, but for underscores, which mean nothing inside words."""
-    return "".join(f"\\{c}" if c in "\\`*[]|~" else c for c in text(" ".join(cell.split()), 1000))
+    return "".join(f"\\{c}" if c in "\\`*[]|~" else c for c in escape(_flat(cell), quote=False))
 
 
-def as_html(summary: dict, name: str, about: Mapping[str, object], samples: str = "", warning: str = "") -> str:
+def as_html(summary: dict, guard: str, about: Mapping[str, object], samples: str = "", warning: str = "") -> str:
     """A whole page without scripts: charts, tables, and `samples` (markup of `sample_section`).
 
     `about` stands on top, names over values, as does a `warning`.
     """
-    header = f"<h1>{text(name, 200)}</h1>" + (f'<p class="warning">{text(warning)}</p>' if warning else "") + facts(about)
+    header = f"<h1>{text(guard, 200)}</h1>" + (f'<p class="warning">{text(warning)}</p>' if warning else "") + facts(about)
     sections = {"Charts": grid(charts(summary))}
-    for table in tables(summary, name):
+    for table in tables(summary, guard):
         rows = "".join(f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
         part = f"<h3>{text(table.title)}</h3>{table_of(*map(text, table.columns), rows=rows)}<p>{text(table.note)}</p>"
         sections[table.section] = sections.get(table.section, "") + part
-    return whole_page(name, header, sections | {"Samples": samples})
+    return whole_page(guard, header, sections | {"Samples": samples})
 
 
 def _html(cell: str) -> str:
@@ -210,22 +206,21 @@ def charts(summary: dict) -> list[str]:
     """Bars by benchmark with intervals; F1 without the sets that are all unsafe."""
     out, benchmarks = [], summary["benchmarks"]
     for line in LINES:
-        entries = {set_: entry for set_, one in benchmarks.items() if (entry := line_of(one, line))}
-        mixed = {set_: one for set_, one in entries.items() if not one["all_unsafe"]}
+        entries = {name: entry for name, one in benchmarks.items() if (entry := line_of(one, line))}
+        mixed = {name: one for name, one in entries.items() if not one["all_unsafe"]}
         out.append(_bars(f"{line.capitalize()}s: F1 of the unsafe class", mixed, "f1_unsafe"))
         out.append(_bars(f"{line.capitalize()}s: recall", entries, "recall"))
         out.append(_bars(f"{line.capitalize()}s: false positive rate", entries, "fpr"))
-    for kind, label in KINDS.items():
-        out.append(
-            _bars(f"OOD detection F1, {label}", {set_: one["ood"][kind] for set_, one in benchmarks.items() if one["ood"][kind]}, "f1")
-        )
+    for kind in OOD:
+        entries = {name: one["ood"][kind] for name, one in benchmarks.items() if one["ood"][kind]}
+        out.append(_bars(f"OOD detection F1, {kind.replace('_', ' ')}", entries, "f1"))
     return out
 
 
 def _bars(title: str, entries: Mapping[str, dict], key: str) -> str:
-    known = {set_: one for set_, one in entries.items() if one[key] is not None}
-    ends = {set_: tuple(one["ci"][key]) for set_, one in known.items() if one["ci"][key]}
-    return bars(title, [(set_, one[key], one["n"]) for set_, one in known.items()], ends)
+    known = {name: one for name, one in entries.items() if one[key] is not None}
+    ends = {name: tuple(one["ci"][key]) for name, one in known.items() if one["ci"][key]}
+    return bars(title, [(name, one[key], one["n"]) for name, one in known.items()], ends)
 
 
 def sample_section(rows: Sequence[dict], taxonomy: Taxonomy, reveal: bool) -> str:
