@@ -132,7 +132,7 @@ def measure(size: str, lengths: list[int], groups: list[int], limit: int, prompt
     """Rows {T, G, R, phase, token_ratio, time_ratio, memory_ratio, grouped_s, repeated_s}. RuntimeError where the layouts disagree."""
     model, tokenizer = QwenVL(make_recipe(size).model), train_byte_bpe(QUESTIONS, 512)
     automaton = answers.build(tokenizer, answers.id_grid(1, 1), vocab=512, cache_dir=cache_dir())
-    law = Law(jnp.asarray(never_sampled(tokenizer, 512)), automaton, jnp.ones((1, 1), bool), limit)
+    law = Law(jnp.asarray(never_sampled(tokenizer, 512)), automaton, None, limit)
     params = jax.jit(lambda key: nn.meta.unbox(init_boxed(model, key)))(jax.random.key(0))
     return [row for T in lengths for G in groups for row in compare(model, law, params, prompts, T, G, repeats)]
 

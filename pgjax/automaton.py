@@ -320,18 +320,23 @@ def outcome_mask(automaton: Automaton, node_of_id_PK: jax.Array) -> jax.Array:
     return jnp.concatenate([shown_PK, jnp.ones(shown_PK.shape[:-1] + (2,), bool)], axis=-1)
 
 
+def distances(automaton: Automaton, outcome_PJ: jax.Array) -> jax.Array:
+    """Fewest tokens, stop token included, from every state to the end of an answer that each prompt allows, int16 [P, A]; NEVER."""
+    return jnp.where(outcome_PJ[:, None, :], automaton.distance_AJ, NEVER).min(axis=-1)
+
+
 def allowed(
-    automaton: Automaton, state_PG: jax.Array, remaining_PG: jax.Array, outcome_BJ: jax.Array, prompt_PG: jax.Array | None = None
+    automaton: Automaton, state_PG: jax.Array, remaining_PG: jax.Array, distance_BA: jax.Array, prompt_PG: jax.Array | None = None
 ) -> jax.Array:
     """Tokens after which the answer can still end in an allowed outcome within the tokens left, bool [P, G, V].
 
-    `remaining_PG` counts the token to be chosen and the stop token. The stop token is allowed only at the end of such an answer,
-    the other special tokens never. If at the start `remaining` is at least the smallest allowed `distance_AJ`, no row is ever empty
-    and every walk ends in time with an allowed verdict. Rows may share out B outcomes evenly: `prompt_PG` says which of its row's.
+    `distance_BA` is what `distances` gives; `remaining_PG` counts the token to be chosen and the stop token. The stop token is allowed
+    only at the end of such an answer, the other special tokens never. If at the start `remaining` is at least the distance there, no row
+    is ever empty and every walk ends in time with an allowed verdict. Rows may share out B prompts evenly: `prompt_PG` says which of its
+    row's.
     """
     a, rows = automaton, state_PG.shape[0]
     prompt_PG = jnp.zeros_like(state_PG) if prompt_PG is None else prompt_PG
-    distance_BA = jnp.where(outcome_BJ[:, None, :], a.distance_AJ, NEVER).min(axis=-1)
     distance_PBA = distance_BA.reshape(rows, -1, distance_BA.shape[-1])
     of = jax.vmap(lambda distance_BA, prompt, state: distance_BA[prompt, state])
     after_PGC = of(distance_PBA, prompt_PG[..., None], a.next_state_AC[state_PG])

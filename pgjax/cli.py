@@ -65,35 +65,58 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
 
     if args.jsonl and (args.request or args.response or args.image):
         raise ValueError("--jsonl brings its own conversations; leave out --request, --response and --image")
+    if args.out and not args.jsonl:
+        raise ValueError("--out is for the rows of a file; give --jsonl too")
     start_jax(0)
     from pgjax.data.rows import conversation, conversation_of
-    from pgjax.serving.guard import Guard
+    from pgjax.serving.batch import moderate_rows
+    from pgjax.serving.guard import Guard, How
 
-    if args.jsonl:
-        lines = read_jsonl(args.jsonl)
-        examples, ids = [conversation_of(line) for line in lines], [line.row.get("id", line.number) for line in lines]
-    else:
-        examples, ids = [conversation(args.request, args.response, read_image(args.image) if args.image else None)], [None]
-    guard = Guard.load(Path(args.model), args.policy and Path(args.policy), args.best)
-    for id, verdict in zip(ids, guard.verdicts(examples, args.categories), strict=True):
-        named = {"id": id} if args.jsonl else {}
-        print(json.dumps(named | verdict) if args.json else readable(named | verdict), flush=True)
+    lines = read_jsonl(args.jsonl) if args.jsonl else []
+    if not args.jsonl:
+        examples = [conversation(args.request, args.response, read_image(args.image) if args.image else None)]
+    elif not args.out:
+        examples = [conversation_of(line) for line in lines]
+    own = read_policy(args.policy)
+    how = How(args.mode, args.samples, args.threshold, args.fail_open)
+    with Guard.load(Path(args.model), args.best, rows=args.rows, bound=not args.unbound) as guard:
+        policy = guard.policy(args.categories, own)
+        if args.out:
+            job = {"model": str(Path(args.model).resolve()), "policy": own, "categories": args.categories, "unbound": args.unbound}
+            print(json.dumps(moderate_rows(guard, lines, policy, how, Path(args.out), job)))
+            return
+        ids = [line.row.get("id", line.number) for line in lines] or [None]
+        for id, verdict in zip(ids, guard.verdicts(examples, policy, how), strict=True):
+            named = {"id": id} if args.jsonl else {}
+            print(json.dumps(named | verdict) if args.json else readable(named | verdict), flush=True)
+
+
+def read_policy(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--policy {file} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from error
 
 
 def readable(verdict: dict) -> str:
     """A verdict for people."""
-    from pgjax.serving.guard import printable
+    from pgjax.serving.verdict import printable
 
     lines = [f"--- {printable(str(verdict['id']), 80)}"] if "id" in verdict else []
+    why = {"failure": " (no answer is in format: the guard fails closed)", "score": f" (score, from {verdict['threshold']})"}
+    lines.append(f"verdict:  {'flagged' if verdict['flagged'] else 'passed'}{why.get(verdict['flagged_by'], '')}")
     for line in ("request", "response"):
         score = verdict["scores"][line]
-        sure = "" if score is None else f"  (unsafe: {score:.2f}, not calibrated)"
+        calibrated = "" if verdict["calibrated"] else ", not calibrated"
+        sure = "" if score is None else f"  (unsafe: {score:.2f}{calibrated})"
         lines += [f"{line + ':':<9} {verdict[line]}{sure}"] if verdict[line] else []
     if verdict["category_id"]:
         lines.append(f"category: {verdict['category_id']} {verdict['category_name']}")
     elif verdict["category_name"]:
         lines.append(f"category: {verdict['category_name']} (its own words: not in the policy)")
-    lines += [f"because:  {verdict['reasoning']}"] if verdict["parsed"] else ["the answer is not in format: no verdict"]
+    lines += [f"because:  {verdict['reasoning']}"] if verdict["reasoning"] else []
     return "\n".join(lines + (["(toy model: not a guard)"] if verdict["not_a_guard"] else []))
 
 
@@ -191,12 +214,26 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
-    sub = command("moderate", moderate, "verdicts on conversations: one from the flags, or those of a file")
-    sub.add_argument("--model", required=True, help="run folder")
-    sub.add_argument("--best", action="store_true", help="its checkpoint with the highest held-out request F1; default the newest")
-    for flag, text in (("request", "user text"), ("response", "agent text"), ("image", "file"), ("policy", "taxonomy file of your own")):
+
+    def guarding(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        """A command that judges."""
+        sub = command(name, run, text)
+        sub.add_argument("--model", required=True, help="run folder, or Hugging Face checkpoint directory")
+        sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
+        sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time")
+        sub.add_argument("--unbound", action="store_true", help="answers are not held to the format, to measure what that changes")
+        sub.add_argument("--mode", choices=("think", "fast"), default="think", help="fast: without reasoning")
+        sub.add_argument("--samples", type=int, default=1, help="answers to a conversation, drawn, that vote; 1: one greedy answer")
+        sub.add_argument("--threshold", type=float, help="of the unsafe score; default the calibrated one, without one the labels decide")
+        sub.add_argument("--fail-open", action="store_true", help="an answer that does not parse passes; default: it is flagged")
+        return sub
+
+    sub = guarding("moderate", moderate, "verdicts on conversations: one from the flags, or those of a file")
+    for flag, text in (("request", "user text"), ("response", "agent text"), ("image", "file")):
         sub.add_argument(f"--{flag}", help=text)
     sub.add_argument("--jsonl", help="conversations, one JSON object a line: request, response, image (a path beside the file), id")
+    sub.add_argument("--out", help="folder for the verdicts of --jsonl and for its errors; goes on where it was killed")
+    sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
     sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
     sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
     sub = command("score", score, "log-probabilities of given completions, token by token")

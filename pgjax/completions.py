@@ -9,19 +9,15 @@ from typing import Any
 import jax.numpy as jnp
 import jinja2
 
-from pgjax.config import MeshConfig, ModelConfig
+from pgjax.config import ModelConfig
 from pgjax.data.arrays import Prompt, lay_out, prompt_batch
-from pgjax.data.images import capped, image_grid, load_image, read_image
+from pgjax.data.images import image_grid, load_image, read_image
 from pgjax.data.jsonl import Line
-from pgjax.files import read_json
 from pgjax.generate.labels import answer_scorer
 from pgjax.generate.law import Law
 from pgjax.generate.score import answer_rows
-from pgjax.models.hf_config import config_from_hf
-from pgjax.parallel.mesh import make_mesh
-from pgjax.tokenizer import load_tokenizer
-from pgjax.train.saved import open_run
-from pgjax.train.setup import Setup, make_setup
+from pgjax.train.saved import is_checkpoint, open_checkpoint, open_run
+from pgjax.train.setup import Setup
 
 ROLES = ("system", "user", "assistant")
 ROWS = 8  # in a batch
@@ -43,12 +39,8 @@ def open_model(folder: Path, dtype: str, max_pixels: int | None = None) -> tuple
 
     `max_pixels` caps a picture's area beside a checkpoint directory; a run has its own cap.
     """
-    file = folder / "config.json"
-    if file.is_file() and "model_type" in read_json(file):
-        config = config_from_hf(folder)
-        config = dataclasses.replace(config, compute_dtype=dtype, vision=capped(config.vision, max_pixels))
-        setup = make_setup(config, make_mesh(MeshConfig()))
-        return setup, setup.load(folder), load_tokenizer(folder)
+    if is_checkpoint(folder):
+        return open_checkpoint(folder, dtype, max_pixels)[1:]
     return open_run(folder, compute_dtype=dtype)[1:]
 
 
@@ -91,7 +83,7 @@ def score_rows(rows: Sequence[Given], setup: Setup, params: dict, tokenizer) -> 
     # T and R in steps, so that files of like rows share a compiled program.
     T, R = up([row.length for row in rows], 64), up([len(row.tokens) for row in rows], 64)
     I = up([row.slots for row in rows], config.vision.window_patches)  # noqa: E741
-    scorer = answer_scorer(setup.model, Law(jnp.zeros(config.text.vocab, bool), None, jnp.ones((1, 1), bool), R), setup.mesh)
+    scorer = answer_scorer(setup.model, Law(jnp.zeros(config.text.vocab, bool), None, None, R), setup.mesh)
     for start in range(0, len(rows), P):
         part = list(rows[start : start + P])
         full = part + part[:1] * (P - len(part))

@@ -150,6 +150,14 @@ def neutralise(text: str) -> str:
     return "".join(characters)
 
 
+def neutralise_special(text: str, tokenizer) -> str:
+    """`text` without the tokenizer's special tokens, each broken by its first character: for whoever writes markup of his own."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            text = text.replace(token.content, "‹" + token.content[1:])
+    return text
+
+
 def _bare(text: str) -> tuple[str, list[int] | range]:
     """`text` folded and without invisible characters, and the place in `text` of each of its characters."""
     if text.isascii():

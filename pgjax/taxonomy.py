@@ -102,10 +102,11 @@ def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
     return parse_taxonomy(text, str(path))
 
 
-def parse_taxonomy(text: str, where: str = "taxonomy") -> Taxonomy:
-    """As `load_taxonomy`, from text; `where` names the source in errors."""
+def parse_taxonomy(text: str, where: str = "taxonomy", brief: bool = False) -> Taxonomy:
+    """As `load_taxonomy`, from text (YAML, or JSON, which is YAML too); `where` names the source in errors. A `brief` one need not have
+    descriptions and synonyms, and an entry may be a name alone: a policy to judge by, not to train on."""
     problems: list[tuple[int, str]] = []
-    nodes = _read_categories(_compose(text, where), problems)
+    nodes = _read_categories(_compose(text, where), problems, brief)
     if problems:
         lines = "".join(f"\n  {where}:{line}: {what}" for line, what in sorted(problems))
         raise ValueError(f"taxonomy {where} has {len(problems)} problem{'s' * (len(problems) > 1)}:{lines}")
@@ -125,7 +126,7 @@ def _compose(text: str, where: str) -> yaml.Node | None:
     raise ValueError(f"taxonomy {where} has 1 problem:\n  {where}:{line}: not valid YAML: {what}")
 
 
-def _read_categories(root: yaml.Node | None, problems: list[tuple[int, str]]) -> list[Category]:
+def _read_categories(root: yaml.Node | None, problems: list[tuple[int, str]], brief: bool) -> list[Category]:
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         what = "no categories" if root is None or not root.value else "the file must be a list of categories"
         problems.append((_line(root) if root else 1, f"{what}; begin each with `- category: NAME`"))
@@ -133,7 +134,7 @@ def _read_categories(root: yaml.Node | None, problems: list[tuple[int, str]]) ->
     nodes: list[Category] = []
     seen: dict[str, int] = {}  # name -> line
     for i, item in enumerate(root.value, 1):
-        fields = _fields(item, "category", ("subcategories", "reserved"), problems)
+        fields = _fields(item, "category", ("subcategories", "reserved"), problems, brief)
         nodes.append(_category(fields, "category", f"C{i}", None, seen, problems))
         children = fields.get("subcategories")
         if children is None:
@@ -142,13 +143,17 @@ def _read_categories(root: yaml.Node | None, problems: list[tuple[int, str]]) ->
             problems.append((_line(children), f"C{i}: `subcategories` must be a list of at least one; leave it out where there is none"))
             continue
         for j, child in enumerate(children.value, 1):
-            fields = _fields(child, "name", ("reserved",), problems)
+            fields = _fields(child, "name", ("reserved",), problems, brief)
             nodes.append(_category(fields, "name", f"C{i}S{j}", f"C{i}", seen, problems))
     return nodes
 
 
-def _fields(item: yaml.Node, name_key: str, optional: tuple[str, ...], problems: list[tuple[int, str]]) -> dict[str, yaml.Node]:
+def _fields(
+    item: yaml.Node, name_key: str, optional: tuple[str, ...], problems: list[tuple[int, str]], brief: bool
+) -> dict[str, yaml.Node]:
     """Value nodes by key; complains of unknown, repeated and missing keys."""
+    if brief and isinstance(item, yaml.ScalarNode):
+        return {name_key: item}
     if not isinstance(item, yaml.MappingNode):
         problems.append((_line(item), f"expected an entry with the keys {', '.join((name_key, *_KEYS))}"))
         return {}
@@ -161,7 +166,7 @@ def _fields(item: yaml.Node, name_key: str, optional: tuple[str, ...], problems:
         elif key in fields:
             problems.append((_line(key_node), f"key `{key}` twice in one entry"))
         fields.setdefault(key, value)
-    for key in (name_key, *_KEYS):
+    for key in (name_key,) if brief else (name_key, *_KEYS):
         if key not in fields:
             problems.append((_line(item), f"missing key `{key}`"))
     return fields
@@ -186,7 +191,7 @@ def _category(
     return Category(
         id=id,
         name=name,
-        description=_text(fields.get("description"), f"{id}: `description`", problems),
+        description=_text(fields["description"], f"{id}: `description`", problems) if "description" in fields else "",
         synonyms=tuple(_text(phrase, f"{id}: a `synonymous-phrase`", problems) for phrase in (phrases.value if phrases else ())),
         parent=parent,
         reserved=reserved is not None and str(reserved.value).lower() in ("true", "yes", "on"),
@@ -320,7 +325,7 @@ def render_policy(taxonomy: Taxonomy, view: PolicyView, descriptions: bool) -> s
     for id, n in view.entries:
         node = taxonomy.nodes[n]
         indent = "" if node.parent is None else "  "
-        lines.append(f"{indent}{id}: {node.name}" + (f" — {node.description}" if descriptions else ""))
+        lines.append(f"{indent}{id}: {node.name}" + (f" — {node.description}" if descriptions and node.description else ""))
     return "\n".join(lines)
 
 

@@ -283,7 +283,7 @@ def test_a_constrained_walk_always_ends_and_parses(tokenizer, automaton, seed, s
     next_AC, class_V, stop_V = (np.asarray(x) for x in (automaton.next_state_AC, automaton.token_class_V, automaton.stop_V))
     rows, done = [[[] for _ in range(GROUP)] for _ in range(PROMPTS)], np.zeros((PROMPTS, GROUP), bool)
     for r in range(int(limit_P.max())):
-        allowed = np.asarray(mask(automaton, state, np.broadcast_to((limit_P - r)[:, None], state.shape), outcome_PJ))
+        allowed = np.asarray(mask(automaton, state, np.broadcast_to((limit_P - r)[:, None], state.shape), distance_PA))
         for p, g in np.argwhere(~done):
             choices = np.flatnonzero(allowed[p, g])
             assert len(choices), "a walk has nowhere to go"

@@ -12,7 +12,7 @@ from pgjax.generate.law import Law
 from pgjax.tokenizer import never_sampled
 
 MODEL, TOKENIZER = setup().model, materials().tokenizer
-LAW = Law(jnp.asarray(never_sampled(TOKENIZER, MODEL.config.text.vocab)), materials().automaton, jnp.ones((1, 1), bool), R)
+LAW = Law(jnp.asarray(never_sampled(TOKENIZER, MODEL.config.text.vocab)), materials().automaton, None, R)
 TEXTS = [
     answer_text("safe", "safe", None, "a cake", "text", "think"),
     answer_text("unsafe", "safe", "C1S1", "a spear", "text", "think"),

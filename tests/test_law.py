@@ -23,7 +23,7 @@ def drawn(logp_V, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
 
 
 def unconstrained(blocked_V, temperature: float = 1.0) -> Law:
-    return Law(jnp.asarray(blocked_V), materials().automaton, jnp.ones((1, 1), bool), R, temperature)
+    return Law(jnp.asarray(blocked_V), materials().automaton, None, R, temperature)
 
 
 def test_what_is_never_sampled():
@@ -94,7 +94,7 @@ def test_constrained_walks_end_in_an_allowed_verdict():
     outcome_PJ[0, -2:] = False  # and the first may only name an id, which chance alone would not spell
     shortest = int(np.where(outcome_PJ, automaton.distance_AJ[automaton.start_M[modality_P]], answers.NEVER).min(axis=1).max())
     blocked_V = never_sampled(materials().tokenizer, len(automaton.stop_V))
-    samples = 64
+    samples, distance_PA = 64, answers.distances(automaton, jnp.asarray(outcome_PJ))
 
     @jax.jit
     def walk(law: Law):
@@ -114,7 +114,7 @@ def test_constrained_walks_end_in_an_allowed_verdict():
         return state, ended, sane
 
     for limit in (shortest, R):
-        state_PG, ended_PG, sane = walk(Law(jnp.asarray(blocked_V), automaton, jnp.asarray(outcome_PJ), limit, 1.0, True))
+        state_PG, ended_PG, sane = walk(Law(jnp.asarray(blocked_V), automaton, distance_PA, limit, 1.0, True))
         verdict = jax.tree.map(np.asarray, answers.verdict(automaton, state_PG))
         assert ended_PG.all() and sane.all() and verdict.parsed.all()
         assert np.isin(verdict.kind, [answers.NONE, answers.ID, answers.NAME]).all() and (verdict.kind[0] == answers.ID).all()

@@ -203,7 +203,8 @@ def test_decoding_equals_the_row_pass(tiny):
         def step(answer, offset):
             position = jnp.broadcast_to((prompts["length"] + prompts["delta"])[:, None, None] + offset, (P, G, 3))
             x = apply(jax.lax.dynamic_index_in_dim(tokens_PGR, offset, axis=2, keepdims=False), method="embed")
-            lanes = Lanes(offset, jnp.arange(T) < prompts["length"][:, None], jnp.broadcast_to(jnp.arange(R) <= offset, (P, G, R)))
+            sees_prompt = jnp.arange(T) < prompts["length"][:, None, None]
+            lanes = Lanes(offset, sees_prompt, jnp.broadcast_to(jnp.arange(R) <= offset, (P, G, R)))
             hidden, answer = apply(x, position, lanes, cache, answer, method="lanes")
             return answer, hidden
 

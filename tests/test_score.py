@@ -17,7 +17,7 @@ from pgjax.generate.score import Packed, balanced, pack, pack_values, packed_wid
 from pgjax.tokenizer import never_sampled
 
 MODEL = setup().model
-LAW = Law(jnp.asarray(never_sampled(materials().tokenizer, MODEL.config.text.vocab)), materials().automaton, jnp.ones((1, 1), bool), R, 0.7)
+LAW = Law(jnp.asarray(never_sampled(materials().tokenizer, MODEL.config.text.vocab)), materials().automaton, None, R, 0.7)
 
 
 # --- packing ------------------------------------------------------------------------------------------------------------------

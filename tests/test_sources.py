@@ -22,7 +22,8 @@ from PIL import Image
 from pgjax.automaton import id_grid
 from pgjax.data.pipeline import Pipeline
 from pgjax.data.schema import EVALUATION_ONLY
-from pgjax.data.sources.files import LabelMap, data_root, read_csv, read_json_lines, split_of, text_group
+from pgjax.data.sources.files import data_root, read_csv, read_json_lines, split_of, text_group
+from pgjax.data.sources.label_map import LabelMap
 from pgjax.data.sources.mix import public_mix
 from pgjax.data.sources.pictures import drawn, figstep, mossbench
 from pgjax.data.sources.texts import openai_moderation, surge_toxicity
@@ -157,7 +158,7 @@ def test_figstep_and_drawn_pictures(tmp_path):
     write_figstep(tmp_path, ["Malware Generation", "Health Consultation"])
     published, ours = figstep(tmp_path, TAXONOMY).examples, drawn(tmp_path, TAXONOMY).examples
     assert [known(e) for e in published] == [("unsafe", "node", "C4S2", ("C4S1",)), ("unsafe", "ood", None, ())]
-    assert published[1].name == "Health Consultation"
+    assert published[1].name == "Specialised Health Advice"
     assert [e.images for e in published] == [(png(),)] * 2
     unsafe, safe = [e for e in ours if e.request_label == "unsafe"], [e for e in ours if e.request_label == "safe"]
     assert [(known(e), e.group) for e in unsafe] == [(known(e), e.group) for e in published], "a task is one group, drawn or published"
@@ -182,14 +183,7 @@ def test_mossbench(tmp_path):
     assert {e.split for e in read.examples} == {"eval"}
 
 
-def test_label_maps_name_nodes_of_the_taxonomy():
-    for name in ("openai_moderation", "figstep"):
-        labels = LabelMap(name, TAXONOMY)
-        for label in labels.order:
-            if not labels.withheld(label):
-                found = labels.category([label])
-                nodes = {found.get("node"), *found.get("accepted", ())} - {None}
-                assert (found["category"] == "ood") == (not nodes) and "C11S1" not in nodes
+def test_a_label_map_is_made_for_the_packaged_taxonomy():
     small = parse_taxonomy("- category: Lamps\n  description: d\n  synonymous-phrase: [glow]\n")
     with pytest.raises(ValueError, match="figstep.yaml is made for the packaged taxonomy.*no category id"):
         LabelMap("figstep", small)
@@ -241,12 +235,12 @@ def test_an_unknown_topic_of_figstep_is_named_by_its_row(tmp_path):
 @given(st.lists(st.text(st.characters(exclude_categories=("Cs",))), max_size=5))
 def test_json_lines_are_cut_at_line_feeds_alone(tmp_path_factory, texts):
     path = put(tmp_path_factory.mktemp("lines") / "rows.jsonl", "".join(json.dumps({"t": t}, ensure_ascii=False) + "\n" for t in texts))
-    assert [row["t"] for row in read_json_lines(path)] == texts
+    assert [row.text("t") for row in read_json_lines(path)] == texts
 
 
 def test_tables_keep_line_breaks_inside_quotes(tmp_path):
     path = put(tmp_path / "t.csv", '\ufeffa,b\r\n"one\r\ntwo",3\r\n')
-    assert read_csv(path, ("a", "b")) == [{"a": "one\r\ntwo", "b": "3"}]
+    assert [row.values for row in read_csv(path, ("a", "b"))] == [{"a": "one\r\ntwo", "b": "3"}]
 
 
 # --- splits ------------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def greedy(setup: Setup, params: dict, tokenizer, texts: Sequence[str], limit: i
     automaton = answers.build(
         tokenizer, ("C1",), vocab=vocab, cache_dir=cache_dir()
     )  # decode follows it; unconstrained, it forbids nothing
-    law = Law(jnp.asarray(never_sampled(tokenizer, vocab)), automaton, jnp.ones((1, 1), bool), limit)
+    law = Law(jnp.asarray(never_sampled(tokenizer, vocab)), automaton, None, limit)
 
     @jax.jit
     def answer(params, batch):

@@ -62,17 +62,18 @@ class Renderer:
         self.reserved = {node.id for node in out if node.reserved}
         self.never_seen = {node.id for node in out if not node.reserved}
 
-    def unfit(self, example: Example) -> str | None:
-        """Why an example cannot be shown whole beside the whole policy, in the words of `Pipeline.dropped`; None where it can."""
-        return self._unfit([example], [self._policy(self._full_view(example))])[0]
+    def unfit(self, example: Example, view: PolicyView) -> str | None:
+        """Why an example cannot be shown whole beside this policy, in the words of `Pipeline.dropped`; None where it can."""
+        return self._unfit([example], [self._policy(view)])[0]
 
-    def show(self, examples: Sequence[Example], prompts: int) -> Batch:
-        """At most `prompts` examples beside the whole policy as one batch of that many rows; the others fill it up with weight 0."""
-        rows = [Row(number, example, self._full_view(example)) for number, example in enumerate(examples)]
-        return self._batch(rows + rows[:1] * (prompts - len(rows)), len(rows))
+    def prompt(self, example: Example, view: PolicyView, opening: str, tokens: int) -> PromptBatch:
+        """A batch of one row of T = `tokens`; the answer begins with `opening`."""
+        prompt = Prompt(0, self._text(example, self._policy(view)) + opening, example.images)
+        return prompt_batch([prompt], self.tokenizer, self.vision, tokens, self.recipe.data.patches)
 
-    def _full_view(self, example: Example) -> PolicyView:
-        return full_view(self.taxonomy, level_of(example.modality), self.recipe.data.ood.never_seen)
+    def gold(self, rows: Sequence[tuple[Example, PolicyView]]) -> Gold:
+        """What is known of the rows, as numpy arrays."""
+        return self._gold([Row(number, *row) for number, row in enumerate(rows)], len(rows))
 
     def _batch(self, rows: list[Row], real: int) -> Batch:
         """`real` rows, and others that are well-formed prompts too but count for nothing."""

@@ -1,10 +1,14 @@
 """Encode, prefill and decode: from prompts to sampled answers, each prompt computed once for its whole group."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from pgjax import automaton as answers
+from pgjax.automaton import Automaton
+from pgjax.config import TextConfig
 from pgjax.data.schema import PromptBatch
 from pgjax.generate import law as laws
 from pgjax.generate.lanes import Schedule, Slots, advance, empty, take_answers, take_prompts
@@ -48,6 +52,10 @@ def prefill(model: QwenVL, params, batch: PromptBatch, visual: Visual) -> Prefil
     return Prefill(jax.tree.map(lambda x: constrain(x, "layers", "batch", "kv_heads", None, None), prompt), last)
 
 
+# (what the rows hold, logits [N, S, V], automaton states [N, S], schedule) -> token, logprob, and whether the answer ends: [N, S] each
+Pick = Callable[["Held", jax.Array, jax.Array, Schedule], tuple[jax.Array, jax.Array, jax.Array]]
+
+
 @struct.dataclass
 class Held:
     """What decoding needs of the prompts that rows hold; leaves have leading axis N."""
@@ -57,7 +65,78 @@ class Held:
     sees_prompt_T: jax.Array  # bool
     start: jax.Array  # automaton state
     key_G: jax.Array
-    outcome_J: jax.Array | None
+    distance_A: jax.Array | None  # of a constrained law
+
+
+@struct.dataclass
+class Running:
+    """Answers on their way, in N rows of S lanes (generate/lanes.py). All lanes write to one slot of their rings, which goes round: no
+    answer is longer than a ring, so none overwrites itself. What is written lies by shard, prompt, answer and place, -1 behind an end."""
+
+    schedule: Schedule
+    state_NS: jax.Array
+    hidden_NSD: jax.Array  # of the token before
+    own: AnswerCache
+    tokens_WB: jax.Array
+    logp_WB: jax.Array
+    state_WB: jax.Array
+    slots: Slots
+    time: jax.Array
+
+    @property
+    def limit(self) -> int:
+        """R"""
+        return self.own.v_LPKGRC.shape[-2]
+
+
+def nothing_running(text: TextConfig, schedule: Schedule, limit: int, dtype) -> Running:
+    (N, S), W = schedule.busy_NS.shape, len(schedule.queue_W)
+    ring = lambda *last: constrain(  # noqa: E731
+        jnp.zeros((text.layers, N, text.kv_heads, S, *last), dtype), "layers", "batch", "kv_heads", None, None, None
+    )
+    rings = AnswerCache(ring(text.head_dim, limit), ring(limit, text.head_dim))
+    written = [jnp.full((W, schedule.prompts * schedule.group * limit), value) for value in (-1, 0.0, 0)]
+    return Running(schedule, schedule.sample_NS, jnp.zeros((N, S, text.width), dtype), rings, *written, Slots.none(), jnp.int32(0))
+
+
+def begin(running: Running, held: Held) -> Running:
+    """Free lanes begin answers."""
+    schedule, fresh_NS = take_answers(running.schedule)
+    hidden_NSD = jnp.where(fresh_NS[..., None], held.last_D[:, None], running.hidden_NSD)
+    return running.replace(schedule=schedule, state_NS=jnp.where(fresh_NS, held.start[:, None], running.state_NS), hidden_NSD=hidden_NSD)
+
+
+def one_token(model: QwenVL, params, automaton: Automaton, running: Running, held: Held, cache: PromptCache, pick: Pick) -> Running:
+    """Every lane's next token, as `pick` chooses it; lanes whose answers end begin others."""
+    r, schedule = running, running.schedule
+    (N, S), R, W = schedule.busy_NS.shape, r.limit, len(schedule.queue_W)
+    apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
+    token_NS, logp_NS, ended_NS = pick(held, apply(r.hidden_NSD, method="logits"), r.state_NS, schedule)
+    # Each token to its place among its prompt's answers; idle lanes write past the end, which is dropped.
+    place_NS = (schedule.prompt_N[:, None] * schedule.group + schedule.sample_NS) * R + schedule.offset_NS
+    place_WB = jnp.where(schedule.busy_NS, place_NS, r.tokens_WB.shape[1]).reshape(W, -1)
+    put = jax.vmap(lambda x, place, value: x.at[place].set(value, mode="drop"))
+    write = lambda x, value_NS: put(x, place_WB, value_NS.reshape(W, -1))  # noqa: E731
+
+    # The position follows the prompt's M-RoPE, the cache slot is the step's: the two are not the same.
+    position_NSX = jnp.broadcast_to((held.position[:, None] + schedule.offset_NS)[..., None], (N, S, 3))
+    age_R = (r.time - jnp.arange(R)) % R
+    context = Lanes(r.time % R, held.sees_prompt_T[:, None], age_R <= schedule.offset_NS[..., None])
+    hidden_NSD, own = apply(apply(token_NS, method="embed"), position_NSX, context, cache, r.own, method="lanes")
+    return begin(
+        Running(
+            advance(schedule, ended_NS),
+            answers.step(automaton, r.state_NS, token_NS),
+            hidden_NSD,
+            own,
+            write(r.tokens_WB, token_NS),
+            write(r.logp_WB, logp_NS),
+            write(r.state_WB, r.state_NS),
+            r.slots.count(schedule),
+            r.time + 1,
+        ),
+        held,
+    )
 
 
 def decode(
@@ -79,21 +158,18 @@ def decode(
 ) -> tuple[Rollout, Slots]:
     """G answers per prompt, each until it stops or has `law.limit` tokens, through `lanes` lanes (0: G) of `rows` rows (0: P; on a
     mesh a multiple of the devices that share the batch): generate/lanes.py. What is sampled depends on neither, but for rounding.
-
-    All lanes write to one slot of their rings, which goes round: no answer is longer than a ring, so none overwrites itself.
     """
-    (P, T), G, R, text = batch.tokens_PT.shape, group, law.limit, model.config.text
+    (P, T), G, R = batch.tokens_PT.shape, group, law.limit
     N, S, W = rows or P, min(lanes or G, G), batch_shards(P)
-    automaton, dtype = law.automaton, start.prompt.k_LPKTC.dtype
+    automaton = law.automaton
     prompts = Held(
         start.hidden_PD,
         batch.length_P + batch.delta_P,
         jnp.arange(T) < batch.length_P[:, None],
         automaton.start_M[modality_P].astype(jnp.int32),
         laws.answer_keys(key, step, batch.id_P, G),
-        law.outcome_PJ if law.constrained else None,
+        law.distance_PA,
     )
-    apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
 
     def hold(schedule: Schedule) -> tuple[Held, PromptCache]:
         if N == P:  # every row keeps its own prompt
@@ -101,57 +177,26 @@ def decode(
         take = lambda axis: lambda x: take_rows(x, schedule.prompt_N, W, axis)  # noqa: E731
         return jax.tree.map(take(0), prompts), jax.tree.map(take(1), start.prompt)
 
-    def begin(schedule: Schedule, held: Held, state_NS, hidden_NSD):
-        """Free lanes begin answers."""
-        schedule, fresh_NS = take_answers(schedule)
-        hidden_NSD = jnp.where(fresh_NS[..., None], held.last_D[:, None], hidden_NSD)
-        return schedule, jnp.where(fresh_NS, held.start[:, None], state_NS), hidden_NSD
-
-    def one_token(held: Held, cache: PromptCache, carry):
-        schedule, state_NS, hidden_NSD, own, written, slots, time = carry
-        slots = slots.count(schedule)
-        own_law = law.replace(outcome_PJ=held.outcome_J) if law.constrained else law
-        logp_NSV = laws.log_probs(own_law, apply(hidden_NSD, method="logits"), state_NS, schedule.offset_NS)
+    def pick(held: Held, logits_NSV, state_NS, schedule: Schedule):
+        logp_NSV = laws.log_probs(law.replace(distance_PA=held.distance_A), logits_NSV, state_NS, schedule.offset_NS)
         key_NS = jax.vmap(lambda key_G, sample_S: key_G[sample_S])(held.key_G, schedule.sample_NS)
         token_NS = laws.sample(logp_NSV, key_NS, schedule.offset_NS, greedy, top_k, top_p).astype(jnp.int32)
         logp_NS = jnp.take_along_axis(logp_NSV, token_NS[..., None], axis=-1)[..., 0]
-        # Each token to its place among its prompt's answers; idle lanes write past the end, which is dropped.
-        place_NS = (schedule.prompt_N[:, None] * G + schedule.sample_NS) * R + schedule.offset_NS
-        place_WB = jnp.where(schedule.busy_NS, place_NS, P // W * G * R).reshape(W, -1)
-        put = jax.vmap(lambda x, place, value: x.at[place].set(value, mode="drop"))
-        written = [put(x, place_WB, value.reshape(W, -1)) for x, value in zip(written, (token_NS, logp_NS, state_NS), strict=True)]
+        return token_NS, logp_NS, automaton.stop_V[token_NS] | (schedule.offset_NS + 1 >= R)
 
-        ended_NS = automaton.stop_V[token_NS] | (schedule.offset_NS + 1 >= R)
-        state_NS = answers.step(automaton, state_NS, token_NS).astype(jnp.int32)
-        # The position follows the prompt's M-RoPE, the cache slot is the step's: the two are not the same.
-        position_NSX = jnp.broadcast_to((held.position[:, None] + schedule.offset_NS)[..., None], (N, S, 3))
-        age_R = (time - jnp.arange(R)) % R
-        context = Lanes(time % R, held.sees_prompt_T, age_R <= schedule.offset_NS[..., None])
-        hidden_NSD, own = apply(apply(token_NS, method="embed"), position_NSX, context, cache, own, method="lanes")
-        schedule, state_NS, hidden_NSD = begin(advance(schedule, ended_NS), held, state_NS, hidden_NSD)
-        return schedule, state_NS, hidden_NSD, own, written, slots, time + 1
+    def until_refill(running: Running) -> Running:
+        running = running.replace(schedule=take_prompts(running.schedule))
+        held, cache = hold(running.schedule)
+        going = lambda r: r.schedule.busy_NS.any() & ~r.schedule.refill  # noqa: E731
+        one = lambda r: one_token(model, params, automaton, r, held, cache, pick)  # noqa: E731
+        return jax.lax.while_loop(going, one, begin(running, held))
 
-    def until_refill(carry):
-        schedule, *rest = carry
-        schedule = take_prompts(schedule)
-        held, cache = hold(schedule)
-        carry = (*begin(schedule, held, *rest[:2]), *rest[2:])
-        running = lambda carry: carry[0].busy_NS.any() & ~carry[0].refill  # noqa: E731
-        return jax.lax.while_loop(running, lambda carry: one_token(held, cache, carry), carry)
+    running = nothing_running(model.config.text, empty(P, G, N, S, W), R, start.prompt.k_LPKTC.dtype)
+    done = jax.lax.while_loop(lambda r: r.schedule.busy_NS.any() | r.schedule.refill, until_refill, running)
 
-    ring = lambda *last: constrain(  # noqa: E731
-        jnp.zeros((text.layers, N, text.kv_heads, S, *last), dtype), "layers", "batch", "kv_heads", None, None, None
-    )
-    rings = AnswerCache(ring(text.head_dim, R), ring(R, text.head_dim))
-    answers_WB = [jnp.full((W, P // W * G * R), value) for value in (-1, 0.0, 0)]
-    schedule = empty(P, G, N, S, W)
-    hidden_NSD = jnp.zeros((N, S, text.width), start.hidden_PD.dtype)
-    carry = schedule, schedule.sample_NS, hidden_NSD, rings, answers_WB, Slots.none(), jnp.int32(0)
-    *_, answers_WB, slots, _ = jax.lax.while_loop(lambda carry: carry[0].busy_NS.any() | carry[0].refill, until_refill, carry)
-
-    tokens_PGR, logp_PGR, state_PGR = (x.reshape(P, G, R) for x in answers_WB)
+    tokens_PGR, logp_PGR, state_PGR = (x.reshape(P, G, R) for x in (done.tokens_WB, done.logp_WB, done.state_WB))
     length_PG = (tokens_PGR >= 0).sum(axis=-1, dtype=jnp.int32)
     tokens_PGR = jnp.maximum(tokens_PGR, 0)
     last = lambda x: jnp.take_along_axis(x, length_PG[..., None] - 1, axis=-1)[..., 0]  # noqa: E731
     final_PG = answers.step(automaton, last(state_PGR), last(tokens_PGR)).astype(jnp.int32)
-    return Rollout(tokens_PGR, logp_PGR, state_PGR, length_PG, final_PG), slots
+    return Rollout(tokens_PGR, logp_PGR, state_PGR, length_PG, final_PG), done.slots

@@ -18,21 +18,29 @@ BLOCKED = -1e30
 class Law:
     blocked_V: jax.Array  # bool: image and vision tokens, vocabulary rows past the tokenizer's
     automaton: answers.Automaton
-    outcome_PJ: jax.Array  # bool: what this prompt's answer may name; read only when constrained
+    distance_PA: jax.Array | None  # int16: tokens to the end of an answer that this prompt allows (automaton.distances); if constrained
     limit: int = struct.field(pytree_node=False)  # R, stop token included
     temperature: float = struct.field(pytree_node=False, default=1.0)
     constrained: bool = struct.field(pytree_node=False, default=False)
 
 
-def log_probs(law: Law, logits_PSV: jax.Array, state_PS: jax.Array, offset: jax.Array, prompt_PS: jax.Array | int = 0) -> jax.Array:
+def log_probs(
+    law: Law,
+    logits_PSV: jax.Array,
+    state_PS: jax.Array,
+    offset: jax.Array,
+    prompt_PS: jax.Array | int = 0,
+    free_PS: jax.Array | bool = False,
+) -> jax.Array:
     """Normalised float32 log-probabilities [P, S, V]. `state_PS` is the automaton's state before the token, `offset` (scalar
-    or [P, S]) the number of answer tokens before it, `prompt_PS` which of the row's prompts it answers (there may be more outcomes
-    than rows, in their order). Removed tokens get about -1e30, never -inf."""
+    or [P, S]) the number of answer tokens before it, `prompt_PS` which of the row's prompts it answers (there may be more than
+    rows, in their order), `free_PS` where a constrained law does not constrain. Removed tokens get about -1e30, never -inf."""
     logits = logits_PSV.astype(jnp.float32) / law.temperature
     blocked = law.blocked_V
     if law.constrained:
         remaining_PS, prompt_PS = jnp.broadcast_to(law.limit - offset, state_PS.shape), jnp.broadcast_to(prompt_PS, state_PS.shape)
-        blocked = blocked | ~answers.allowed(law.automaton, state_PS, remaining_PS, law.outcome_PJ, prompt_PS)
+        allowed_PSV = answers.allowed(law.automaton, state_PS, remaining_PS, law.distance_PA, prompt_PS)
+        blocked = blocked | ~(allowed_PSV | jnp.asarray(free_PS)[..., None])
     return jax.nn.log_softmax(jnp.where(blocked, BLOCKED, logits), axis=-1)
 
 
@@ -61,5 +69,17 @@ def sample(logp_PGV: jax.Array, key_PG: jax.Array, offset_PG: jax.Array, greedy:
     """Token ids [P, G]: the likeliest, or a draw by Gumbel noise from the key folded with the offset."""
     if greedy:
         return jnp.argmax(logp_PGV, axis=-1)
-    draw = lambda key, offset: jax.random.gumbel(jax.random.fold_in(key, offset), logp_PGV.shape[-1:])  # noqa: E731
-    return jnp.argmax(_truncate(logp_PGV, top_k, top_p) + jax.vmap(jax.vmap(draw))(key_PG, offset_PG), axis=-1)
+    return jnp.argmax(_truncate(logp_PGV, top_k, top_p) + _noise(key_PG, offset_PG, logp_PGV.shape[-1]), axis=-1)
+
+
+def sample_at(logp_PGV: jax.Array, key_PG: jax.Array, offset_PG: jax.Array, temperature_PG: jax.Array) -> jax.Array:
+    """Token ids [P, G], drawn at a temperature each; 0 is greedy. Where all are, no noise is made."""
+    noise = lambda: _noise(key_PG, offset_PG, logp_PGV.shape[-1]) * temperature_PG[..., None]  # noqa: E731
+    noise_PGV = jax.lax.cond((temperature_PG > 0).any(), noise, lambda: jnp.zeros_like(logp_PGV))
+    return jnp.argmax(logp_PGV + noise_PGV, axis=-1).astype(jnp.int32)
+
+
+def _noise(key_PG: jax.Array, offset_PG: jax.Array, V: int) -> jax.Array:
+    """Gumbel noise [P, G, V] from each key folded with the offset."""
+    draw = lambda key, offset: jax.random.gumbel(jax.random.fold_in(key, offset), (V,))  # noqa: E731
+    return jax.vmap(jax.vmap(draw))(key_PG, offset_PG)

@@ -127,7 +127,9 @@ class Programs:
         key = jax.random.key(recipe.seed)
 
         def law(outcome_PJ) -> Law:
-            return Law(blocked_V, automaton, outcome_PJ, R, recipe.rollout.temperature, recipe.rollout.constrained)
+            by = recipe.rollout
+            distance_PA = answers.distances(automaton, outcome_PJ) if by.constrained else None
+            return Law(blocked_V, automaton, distance_PA, R, by.temperature, by.constrained)
 
         def outcome(gold: Gold):
             return answers.outcome_mask(automaton, gold.node_of_id_PK)
@@ -247,7 +249,7 @@ class Programs:
         self._choose = program(partial(chosen, config=config, shards=shards), Choice(on_rows, on_rows, everywhere))
         self.arrange = program(arranged, static_argnames="width")
         self.score = program(scored)
-        self.score_given = answer_scorer(model, Law(blocked_V, automaton, jnp.ones((1, 1), bool), R), mesh)
+        self.score_given = answer_scorer(model, Law(blocked_V, automaton, None, R), mesh)
         self.experience = program(experience, (on_rows, everywhere))
         self.update = program(updated, (setup.state_shardings(optimizer), everywhere), donate_argnums=0)
         self.average = program(averaged, everywhere)

@@ -103,7 +103,7 @@ def grpo_step(
 def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, run: RunFolder, show: bool) -> dict:
     """The supervised stage of a toy recipe: it teaches the format, ids and names drawn at random, and a share of the labels."""
     blocked_V = jnp.asarray(never_sampled(materials.tokenizer, recipe.model.text.vocab))
-    law = Law(blocked_V, materials.automaton, jnp.ones((1, 1), bool), recipe.answer.max_tokens)
+    law = Law(blocked_V, materials.automaton, None, recipe.answer.max_tokens)
 
     def answers(batch, step: int):
         rng = np.random.default_rng((recipe.seed, step))

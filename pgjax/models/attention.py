@@ -280,16 +280,17 @@ def _loop_backward(q, k, v, ids, delta, lse, d_out):
 # --- decoding -------------------------------------------------------------------------------------------------------------------
 
 
-def lane_attention(q, prompt_k, prompt_v, answer_k, answer_v, sees_prompt_PT, sees_own_PGR):
+def lane_attention(q, prompt_k, prompt_v, answer_k, answer_v, sees_prompt_PGT, sees_own_PGR):
     """One token per lane against its prompt's cache, read once for all lanes of a row, and its own, under one softmax.
 
-    q [P, G, H, C]; prompt_k, prompt_v [P, K, T, C]; answer_k [P, K, G, C, R], answer_v [P, K, G, R, C] -> [P, G, H, C].
+    q [P, G, H, C]; prompt_k, prompt_v [P, K, T, C]; answer_k [P, K, G, C, R], answer_v [P, K, G, R, C] -> [P, G, H, C]. The masks are
+    bool; that of the prompt may be one for all lanes, G = 1.
     """
     shape = q.shape
     q = jnp.moveaxis(q.reshape(*q.shape[:2], prompt_k.shape[1], -1, q.shape[-1]), 2, 1)  # by head, as the caches lie
     to_prompt = jnp.einsum("pkgjc,pktc->pkgjt", q, prompt_k, **FLOAT32) * q.shape[-1] ** -0.5
     to_own = jnp.einsum("pkgjc,pkgcr->pkgjr", q, answer_k, **FLOAT32) * q.shape[-1] ** -0.5
-    masked = jnp.where(sees_prompt_PT[:, None, None, None], to_prompt, MASKED), jnp.where(sees_own_PGR[:, None, :, None], to_own, MASKED)
+    masked = jnp.where(sees_prompt_PGT[:, None, :, None], to_prompt, MASKED), jnp.where(sees_own_PGR[:, None, :, None], to_own, MASKED)
     top = jnp.maximum(masked[0].max(-1, keepdims=True), masked[1].max(-1, keepdims=True))
     to_prompt, to_own = (jnp.where(s > MASKED / 2, jnp.exp(s - top), 0.0) for s in masked)
     total = to_prompt.sum(-1, keepdims=True) + to_own.sum(-1, keepdims=True)

@@ -39,7 +39,7 @@ class Lanes:
     """Context of one decode step: all lanes write to one slot of their rings, and read what is theirs."""
 
     slot: jax.Array  # scalar
-    sees_prompt_PT: jax.Array  # bool
+    sees_prompt_PGT: jax.Array  # bool; G = 1: the same for all lanes
     sees_own_PGR: jax.Array  # bool; its new token's slot among them
 
 
@@ -85,7 +85,7 @@ class SelfAttention(nn.Module):
                 jax.lax.dynamic_update_slice(cache.v_LPKGRC, v[..., None, :], (layer, 0, 0, 0, context.slot, 0)),
             )
             own_k, own_v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in (cache.k_LPKGCR, cache.v_LPKGRC))
-            out = lane_attention(q, prompt.k_LPKTC, prompt.v_LPKTC, own_k, own_v, context.sees_prompt_PT, context.sees_own_PGR)
+            out = lane_attention(q, prompt.k_LPKTC, prompt.v_LPKTC, own_k, own_v, context.sees_prompt_PGT, context.sees_own_PGR)
             saved = None
         back = dict(inputs=2, dtype=self.dtype, scale=RESIDUAL, lora=self.lora)
         return Linear((x.shape[-1],), ("heads", None, "embed"), name="o_proj", **back)(out), cache, saved

@@ -1,69 +1,149 @@
-"""A trained guard as one object: a conversation in, a verdict out."""
+"""A trained guard as one object: a conversation and a policy in, a verdict out. The engine behind it answers many at once."""
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pgjax import automaton as answers
-from pgjax.automaton import Automaton
+from pgjax.automaton import NEVER, Automaton, id_grid
 from pgjax.config import OODConfig, Recipe
-from pgjax.data.pipeline import Batch, Renderer
-from pgjax.data.schema import LABELS, Example
-from pgjax.generate.decode import Rollout, decode, encode, prefill
-from pgjax.generate.labels import Scorer, answer_scorer, label_probability
+from pgjax.conversation import neutralise_special
+from pgjax.data.arrays import Prompt, prompt_batch
+from pgjax.data.pipeline import Renderer
+from pgjax.data.schema import MODALITIES, Example, Modality
+from pgjax.files import read_json
 from pgjax.generate.law import Law
-from pgjax.parallel.mesh import place_rows
-from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy
-from pgjax.tokenizer import answer_texts, never_sampled
+from pgjax.serving.calibration import Calibration
+from pgjax.serving.engine import Ask, Engine, Told
+from pgjax.serving.scores import read as read_scores
+from pgjax.serving.scores import tails
+from pgjax.serving.verdict import read, verdict
+from pgjax.taxonomy import PolicyView, Taxonomy, full_view, level_of, load_taxonomy, node_of_id, parse_taxonomy
+from pgjax.tokenizer import never_sampled
 from pgjax.train.materials import cache_dir, grid
-from pgjax.train.run_folder import read_config
-from pgjax.train.saved import open_run
-from pgjax.train.setup import Setup
+from pgjax.train.saved import is_checkpoint, open_checkpoint, open_run
 
-ROWS = 8  # conversations in a batch; a lone one is a batch of its own
-NAME_LIMIT, REASONING_LIMIT = 80, 2000  # characters that are shown
+CATEGORIES, SUBCATEGORIES = 24, 4  # that a policy may have, at least: more ids make larger tables, and other programs
+CALIBRATION = "calibration.json"  # beside the model
+
+Mode = Literal["think", "fast"]
+
+
+@dataclass(frozen=True)
+class How:
+    """How a conversation is judged."""
+
+    mode: Mode = "think"  # fast: the reasoning is empty
+    samples: int = 1  # 1: greedy; more: a vote of drawn answers, their scores averaged
+    threshold: float | None = None  # on the larger score of the two; None: the calibrated one, and without one the labels decide
+    fail_open: bool = False  # what an answer that does not parse means; closed: flagged
+    categories: bool = True  # score every listed category too
+    seed: int = 0
+    deadline: float | None = None  # time.monotonic()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a prompt lists, compiled: a taxonomy, and which of its ids are withheld."""
+
+    taxonomy: Taxonomy
+    hidden: tuple[str, ...]
+    renderer: Renderer
+
+    def view(self, modality: Modality) -> PolicyView:
+        return full_view(self.taxonomy, level_of(modality), self.hidden)
+
+
+class Case(NamedTuple):
+    """A conversation on its way through the engine."""
+
+    example: Example
+    policy: Policy
+    how: How
+    node_of_id_K: np.ndarray
+    future: "Future[list[Told]]"
 
 
 @dataclass(frozen=True)
 class Guard:
+    """Use it as a context manager, or call `close`: the engine is a thread."""
+
     recipe: Recipe
-    setup: Setup
-    weights: dict
     tokenizer: Any
     taxonomy: Taxonomy
-    automaton: Automaton
+    automaton: Automaton  # numpy
+    calibration: Calibration | None
+    engine: Engine
+    bound: bool  # answers under the automaton
 
     @classmethod
-    def load(cls, run: Path, policy: Path | None = None, best: bool = False) -> "Guard":
-        """The newest checkpoint of a run folder, or the `best` (grpo.keep_best). `policy` is a taxonomy file of the user's own."""
-        taxonomy = load_taxonomy(policy or read_config(run).data.taxonomy)
-        recipe, setup, params, tokenizer = open_run(run, best)
+    def load(cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True) -> "Guard":
+        """The newest checkpoint of a run folder or the `best` (grpo.keep_best), or a Hugging Face checkpoint directory, on all devices.
+
+        `rows` answers at a time, `queue` requests may wait. `bound` off: nothing holds answers to the format.
+        """
+        recipe, setup, params, tokenizer = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
+        taxonomy = load_taxonomy(recipe.data.taxonomy)
+        ids = _ids(taxonomy)
+        vocab, limit = recipe.model.text.vocab, recipe.answer.max_tokens
         with jax.set_mesh(setup.mesh):
             weights = jax.jit(setup.cast, out_shardings=setup.rollout)(params)
-        automaton = answers.build(tokenizer, grid(taxonomy), recipe.answer.think_tag, recipe.model.text.vocab, cache_dir())
-        return cls(recipe, setup, weights, tokenizer, taxonomy, automaton)
+            automaton = answers.build(tokenizer, ids, recipe.answer.think_tag, vocab, cache_dir())
+            law = Law(jax.numpy.asarray(never_sampled(tokenizer, vocab)), automaton, None, limit)
+        T = recipe.data.prompt_tokens + len(_tokens(tokenizer, _opening(recipe)))
+        engine = Engine(setup, weights, law, T, recipe.data.patches, rows, queue)
+        calibration = Calibration(**read_json(folder / CALIBRATION)) if (folder / CALIBRATION).exists() else None
+        return cls(recipe, tokenizer, taxonomy, jax.tree.map(np.asarray, automaton), calibration, engine, bound)
 
-    def moderate(self, examples: Sequence[Example], categories: Sequence[str] = ()) -> list[dict]:
-        """One verdict per conversation, in order; greedy and under the automaton, so that every answer ends and parses.
+    def close(self, drain: bool = False) -> None:
+        self.engine.stop(drain)
 
-        `categories` names the taxonomy ids that the prompt's policy lists; none means all. Keys: request, response (as the answer labels
-        them: safe, unsafe; null for the response to an image alone), category_id (of the policy, or null), category_name, in_policy
-        (null where all is safe), reasoning, scores {request, response} (probability of unsafe, not calibrated; null where there is no
-        such line), parsed, not_a_guard. Raises ValueError for a conversation that cannot be shown whole, before any is answered.
+    def __enter__(self) -> "Guard":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # --- policies --------------------------------------------------------------------------------------------------------------------
+
+    def policy(self, categories: Sequence[str] = (), own: str | None = None) -> Policy:
+        """A policy of these ids of the guard's taxonomy (none means all), or of the user's `own`: YAML or JSON, a list of categories or
+        of names. The last ones asked for are kept. ValueError for what cannot be one."""
+        return self._policies(tuple(categories), own)
+
+    @cached_property
+    def _policies(self) -> Callable[[tuple[str, ...], str | None], Policy]:
+        return functools.lru_cache(64)(self._compile)
+
+    def _compile(self, categories: tuple[str, ...], own: str | None) -> Policy:
+        taxonomy = self.taxonomy if own is None else parse_taxonomy(own, "policy", brief=True)
+        if lacking := sorted(set(grid(taxonomy)) - set(self.automaton.ids)):
+            raise ValueError(f"the policy needs the id {lacking[0]}; this guard takes {CATEGORIES} categories of {SUBCATEGORIES}")
+        listed = {leaf.id for id in categories for leaf in taxonomy.children(id) or (taxonomy.by_id(id),)}
+        hidden = tuple(leaf.id for leaf in taxonomy.leaves if listed and leaf.id not in listed)
+        if not full_view(taxonomy, "leaf", hidden).entries:
+            raise ValueError("no category is left to list; --categories names reserved ones alone")
+        recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, ood=OODConfig(never_seen=hidden)))
+        return Policy(taxonomy, hidden, Renderer(taxonomy, self.tokenizer, recipe, self.automaton.ids))
+
+    # --- conversations ---------------------------------------------------------------------------------------------------------------
+
+    def ask(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None) -> tuple[Ask, np.ndarray]:
+        """What the engine is asked, and which node each id stands for. `view` is what the prompt shows; None is the whole policy.
+
+        ValueError for a conversation that cannot be shown whole.
         """
-        return list(self.verdicts(examples, categories))
-
-    def verdicts(self, examples: Sequence[Example], categories: Sequence[str] = ()) -> Iterator[dict]:
-        """As `moderate`, each batch when it is done. All conversations are checked before this returns."""
-        renderer = self._renderer(tuple(categories))
+        view = view or policy.view(example.modality)
+        opening = _opening(self.recipe) if how.mode == "fast" else ""
         data = self.recipe.data
         reasons = {
             "prompt": f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model; "
@@ -71,77 +151,111 @@ class Guard:
             "patches": f"the images take more than the {data.patches} patches of the model; give smaller ones",
             "image": "the image cannot be read",
         }
-        for example in examples:
-            if reason := renderer.unfit(example):
-                raise ValueError(f"{example.id}: {reasons[reason]}")
-        rows = 1 if len(examples) == 1 else ROWS
-        return (verdict for i in range(0, len(examples), rows) for verdict in self._answer(renderer.show(examples[i : i + rows], rows)))
+        if reason := policy.renderer.unfit(example, view):
+            raise ValueError(f"{example.id}: {reasons[reason]}")
+        prompt = policy.renderer.prompt(example, view, opening, self.engine.prompt_tokens)
+        node_of_id_K = node_of_id(view, self.automaton.ids)
+        start = int(self.automaton.start_M[MODALITIES.index(example.modality)])
+        for token in _tokens(self.tokenizer, opening):
+            start = int(self.automaton.next_state_AC[start, self.automaton.token_class_V[token]])
+        ids = [id for id, _ in view.entries if id in view.answerable] if how.categories else []
+        to_score = lambda tokens: tails(  # noqa: E731
+            opening + self._text(tokens), opening, tokens, self.tokenizer, ids, example.modality != "image"
+        )
+        ask = Ask(
+            prompt,
+            start,
+            np.append(node_of_id_K >= 0, [True, True]),
+            self.recipe.answer.max_tokens,
+            how.samples,
+            1.0 if how.samples > 1 else 0.0,
+            how.seed,
+            self.bound,
+            how.deadline,
+            to_score,
+        )
+        self._check_room(ask)
+        return ask, node_of_id_K
 
-    @cached_property
-    def _renderer(self) -> Callable[[tuple[str, ...]], Renderer]:
-        """Conversations beside a policy of these categories, as arrays; the last few are kept."""
+    def submit(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None, wait: bool = False) -> Case:
+        """Into the engine's queue; `wait` while it is full, else raise Full. ValueError as `ask`."""
+        ask, node_of_id_K = self.ask(example, policy, how, view)
+        return Case(example, policy, how, node_of_id_K, self.engine.submit(ask, wait))
 
-        def make(categories: tuple[str, ...]) -> Renderer:
-            listed = {leaf.id for id in categories for leaf in self.taxonomy.children(id) or (self.taxonomy.by_id(id),)}
-            hidden = tuple(leaf.id for leaf in self.taxonomy.leaves if listed and leaf.id not in listed)
-            if not full_view(self.taxonomy, "leaf", hidden).entries:
-                raise ValueError("no category is left to list; --categories names reserved ones alone")
-            recipe = dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, ood=OODConfig(never_seen=hidden)))
-            return Renderer(self.taxonomy, self.tokenizer, recipe, self.automaton.ids)
+    def verdict(self, case: Case) -> dict:
+        """What `serving/verdict.py` says of the case's answers, when they are there, with `mode`, `samples` and `not_a_guard`."""
+        how, opening = case.how, _opening(self.recipe) if case.how.mode == "fast" else ""
+        readings = [
+            read(
+                opening + self._text(told.tokens),
+                told.state,
+                self.automaton,
+                case.node_of_id_K,
+                self.recipe.answer.think_tag,
+                read_scores(told.tails),
+            )
+            for told in case.future.result()
+        ]
+        calibration = self.calibration
+        if calibration and (calibration.mode, calibration.samples) != (how.mode, how.samples):
+            calibration = None
+        threshold = how.threshold if how.threshold is not None else calibration.threshold if calibration else None
+        said = verdict(readings, case.policy.taxonomy, threshold, how.fail_open, calibration)
+        return said | {"mode": how.mode, "samples": how.samples, "not_a_guard": self.recipe.not_a_guard}
 
-        return functools.lru_cache(16)(make)
+    def verdicts(self, examples: Sequence[Example], policy: Policy, how: How = How()) -> Iterator[dict]:
+        """A verdict for each conversation, in order, as they come. All conversations are checked before this returns."""
+        asks = [self.ask(example, policy, how) for example in examples]
+        cases = (
+            Case(example, policy, how, node_of_id_K, self.engine.submit(ask, wait=True))
+            for example, (ask, node_of_id_K) in zip(examples, asks, strict=True)
+        )
+        return map(self.verdict, list(cases))
 
-    @cached_property
-    def _programs(self) -> tuple[Callable[..., Rollout], Scorer]:
-        """The answering program (weights, prompt, gold) and the scoring one; each compiles once for a number of rows."""
-        model, config, mesh = self.setup.model, self.recipe, self.setup.mesh
-        blocked_V = jnp.asarray(never_sampled(self.tokenizer, config.model.text.vocab))
+    # --- the model itself ------------------------------------------------------------------------------------------------------------
 
-        def law(outcome_PJ: jax.Array, constrained: bool) -> Law:
-            return Law(blocked_V, self.automaton, outcome_PJ, config.answer.max_tokens, constrained=constrained)
+    def chat(self, messages: list[dict], images: Sequence[bytes], **how: Any) -> Ask:
+        """An ask for the model's own next turn in a chat (`messages` as for chat templates), without a policy of ours or the automaton.
 
-        @jax.jit
-        def answer(weights, prompt, gold) -> Rollout:
-            law_P = law(answers.outcome_mask(self.automaton, gold.node_of_id_PK), True)
-            start = prefill(model, weights, prompt, encode(model, weights, prompt))
-            args = gold.modality_P, start, law_P, jax.random.key(0), jnp.int32(0)
-            return decode(model, weights, prompt, *args, group=1, greedy=True)[0]
+        Special tokens that stand in texts are broken: they cannot end a turn. `how` are fields of `Ask`. ValueError for what does not fit.
+        """
+        clean = [message | {"content": _neutral(message["content"], self.tokenizer)} for message in messages]
+        text = self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
+        vision = self.recipe.model.vision
+        prompt = prompt_batch([Prompt(0, text, images)], self.tokenizer, vision, self.engine.prompt_tokens, self.recipe.data.patches)
+        return Ask(prompt, int(self.automaton.start_M[0]), np.ones(len(self.automaton.ids) + 2, bool), bound=False, **how)
 
-        return answer, answer_scorer(model, law(jnp.ones((1, 1), bool), False), mesh)
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _answer(self, batch: Batch) -> list[dict]:
-        """Verdicts of a batch's real rows."""
-        answer, scorer = self._programs
-        with jax.set_mesh(self.setup.mesh):
-            rollout = jax.tree.map(np.asarray, answer(self.weights, *place_rows((batch.prompt, batch.gold), self.setup.mesh)))
-        texts = answer_texts(self.tokenizer, rollout.tokens_PGR, rollout.length_PG)
-        limit = self.recipe.answer.max_tokens
-        scores = {
-            line.lower(): label_probability(scorer, self.weights, batch.prompt, texts, line, self.tokenizer, limit)
-            for line in ("Request", "Response")
-        }
-        verdict = jax.tree.map(lambda x: np.asarray(x)[:, 0], answers.verdict(self.automaton, rollout.final_PG))
-        return [self._describe(p, texts[p], verdict, np.asarray(batch.gold.node_of_id_PK), scores) for p in range(len(batch.rows))]
-
-    def _describe(self, p: int, text: str, verdict: answers.Verdict, node_of_id_PK: np.ndarray, scores: dict[str, np.ndarray]) -> dict:
-        label = lambda code: LABELS[code] if LABELS[code] in ("safe", "unsafe") else None  # noqa: E731
-        kind, id = int(verdict.kind[p]), int(verdict.id[p])
-        node = int(node_of_id_PK[p, id]) if kind == answers.ID else -1
-        name = answers.category_text(text) if kind == answers.NAME else None
-        think = text.partition(f"<{self.recipe.answer.think_tag}>")[2].partition(f"</{self.recipe.answer.think_tag}>")[0]
-        return {
-            "request": label(verdict.request[p]),
-            "response": label(verdict.response[p]),
-            "category_id": self.automaton.ids[id] if kind == answers.ID else None,
-            "category_name": self.taxonomy.nodes[node].name if node >= 0 else printable(name, NAME_LIMIT) if name else None,
-            "in_policy": node >= 0 if kind in (answers.ID, answers.NAME) else None,
-            "reasoning": printable(think, REASONING_LIMIT),
-            "scores": {line: None if np.isnan(score_P[p]) else round(float(score_P[p]), 6) for line, score_P in scores.items()},
-            "parsed": bool(verdict.parsed[p]),
-            "not_a_guard": self.recipe.not_a_guard,
-        }
+    def _check_room(self, ask: Ask) -> None:
+        needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min())
+        if ask.bound and not needed <= min(ask.limit, NEVER - 1):
+            raise ValueError(f"an answer takes at least {needed} tokens; this guard writes at most {ask.limit}")
 
 
-def printable(text: str, limit: int) -> str:
-    """What a guard writes is untrusted: one line, printable characters, bounded."""
-    return "".join(c if c.isprintable() else " " for c in text).strip()[:limit]
+def _opening(recipe: Recipe) -> str:
+    """What an answer in mode `fast` begins with."""
+    return f"<{recipe.answer.think_tag}></{recipe.answer.think_tag}>\n<answer>\n"
+
+
+def _tokens(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _ids(taxonomy: Taxonomy) -> tuple[str, ...]:
+    """The ids of the taxonomy, and of any policy of CATEGORIES times SUBCATEGORIES."""
+    most = max(len(taxonomy.children(node.id)) for node in taxonomy.top)
+    return id_grid(max(len(taxonomy.top), CATEGORIES), max(most, SUBCATEGORIES))
+
+
+def _neutral(content: str | list[dict], tokenizer) -> str | list[dict]:
+    if isinstance(content, str):
+        return neutralise_special(content, tokenizer)
+    return [part | {"text": neutralise_special(part["text"], tokenizer)} if part["type"] == "text" else part for part in content]
+
+
+def write_calibration(folder: Path, calibration: Calibration) -> None:
+    from pgjax.files import replace_file
+
+    replace_file(folder / CALIBRATION, json.dumps(calibration.to_json(), indent=2) + "\n")

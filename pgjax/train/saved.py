@@ -1,4 +1,4 @@
-"""A run folder opened for use: its recipe, the model on the devices that are here, its parameters, its tokenizer."""
+"""A run folder or a checkpoint directory, opened for use: recipe, model on the devices that are here, parameters, tokenizer."""
 
 import dataclasses
 from pathlib import Path
@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pgjax.config import MeshConfig, Recipe
+from pgjax.config import DataConfig, MeshConfig, Recipe
 from pgjax.data.images import capped
+from pgjax.files import read_json
+from pgjax.models.hf_config import with_checkpoint
 from pgjax.parallel.mesh import make_mesh
 from pgjax.tokenizer import load_tokenizer
 from pgjax.train.checkpoints import Checkpoints
@@ -15,12 +17,30 @@ from pgjax.train.run_folder import read_config
 from pgjax.train.setup import Setup, make_setup
 from pgjax.train.trainable import merge, split
 
+MAX_PIXELS = 28 * 28 * 768  # of a picture beside a checkpoint directory, as in the recipes of released models
+
 
 class SavedRun(NamedTuple):
     recipe: Recipe
     setup: Setup
     params: dict  # adapters included; what was trained is float32, the rest in the compute type
     tokenizer: Any
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face checkpoint directory; else it should be a run's."""
+    file = folder / "config.json"
+    return file.is_file() and "model_type" in read_json(file)
+
+
+def open_checkpoint(folder: Path, compute_dtype: str | None = None, max_pixels: int | None = MAX_PIXELS) -> SavedRun:
+    """A Hugging Face checkpoint directory on all devices, with the published recipe's values for all that such a directory does not say."""
+    recipe = with_checkpoint(Recipe(name=folder.name, checkpoint=str(folder), data=DataConfig(max_pixels=max_pixels)))
+    model = dataclasses.replace(
+        recipe.model, compute_dtype=compute_dtype or recipe.model.compute_dtype, vision=capped(recipe.model.vision, max_pixels)
+    )
+    setup = make_setup(model, make_mesh(MeshConfig()))
+    return SavedRun(dataclasses.replace(recipe, model=model), setup, setup.load(folder), load_tokenizer(folder))
 
 
 def open_run(run: Path, best: bool = False, compute_dtype: str | None = None) -> SavedRun:

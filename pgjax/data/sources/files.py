@@ -1,10 +1,11 @@
-"""What the readers share: where the data lies, lines and tables with their traps, label maps, and the split of a group."""
+"""What the readers share of files: where the data lies, lines and tables with their traps; and the split of a group."""
 
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 from collections import Counter
@@ -12,10 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from pgjax.data.schema import Example
-from pgjax.taxonomy import Taxonomy
+from pgjax.data.schema import Example, Label
 
 HELD_OUT = 5  # one group in so many is held out
 
@@ -25,6 +23,44 @@ class Read(NamedTuple):
 
     examples: list[Example]
     left_out: Counter[str]  # rows not used, by reason
+
+
+class Row(NamedTuple):
+    """A row with the place it stands at. Complaints name the place and the column, never what stands there."""
+
+    path: Path
+    number: int  # from 1
+    values: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        return f"public data: {self.path}: row {self.number}"
+
+    def text(self, column: str) -> str:
+        """ "" where there is nothing."""
+        if column not in self.values or not isinstance(self.values[column], str | None):
+            raise ValueError(f"{self.where} needs a text in `{column}`, or nothing")
+        return self.values[column] or ""
+
+    def label(self, column: str, safe: str | bool, unsafe: str | bool, missing: Label | None = None) -> Label:
+        """What stands for `safe` and for `unsafe` there; `missing` is the label where there is nothing."""
+        value = self.values.get(column)
+        if column in self.values and value in (None, "") and missing:
+            return missing
+        if value not in (safe, unsafe):
+            raise ValueError(f"{self.where} has a label in `{column}` that is neither {unsafe} nor {safe}")
+        return "safe" if value == safe else "unsafe"
+
+
+def gather(rows: Iterable[Example | str]) -> Read:
+    """Of each row its example, or the reason why it is left out."""
+    examples, left_out = [], Counter[str]()
+    for row in rows:
+        if isinstance(row, str):
+            left_out[row] += 1
+        else:
+            examples.append(row)
+    return Read(examples, left_out)
 
 
 def data_root(root: str | None) -> Path:
@@ -37,6 +73,19 @@ def data_root(root: str | None) -> Path:
     return Path(chosen)
 
 
+def find(root: Path, pattern: str) -> list[Path]:
+    """Files under `root` that match a glob pattern, sorted; ValueError where there are none."""
+    if not (found := sorted(root.glob(pattern))):
+        raise ValueError(f"public data: {root / pattern} is not there; is --data.root or PGJAX_DATA right?")
+    return found
+
+
+def find_one(root: Path, pattern: str) -> Path:
+    if len(found := find(root, pattern)) > 1:
+        raise ValueError(f"public data: {found[0]} and {found[1].name} are both there; leave the one that is meant")
+    return found[0]
+
+
 def read_bytes(path: Path) -> bytes:
     """ValueError, naming the file and what to set, where it cannot be read."""
     try:
@@ -46,15 +95,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 with or without a byte-order mark, gzip by suffix."""
+    """UTF-8 with or without a byte-order mark, gzip and xz by suffix."""
     data = read_bytes(path)
     try:
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)(data).decode("utf-8-sig")
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise ValueError(f"public data: {path} is broken ({error}); fetch it again") from None
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[Row]:
     """Objects, one a line. Lines end at "\\n" alone: texts hold U+2028 and U+0085, where `splitlines` would cut them."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -65,21 +114,55 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"public data: {path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"public data: {path}:{number}: expected an object")
-            rows.append(row)
+            rows.append(Row(path, number, row))
     return rows
 
 
-def read_csv(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
-    """Rows as dicts. ValueError when one of `columns` is missing from the header or from a row."""
+def read_json_rows(path: Path) -> list[Row]:
+    """Objects, in one array or one a line: both are published under names that end in .json."""
+    text = read_text(path)
+    if text.lstrip().startswith("{"):
+        return read_json_lines(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"public data: {path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"public data: {path}: expected an array of objects")
+    return [Row(path, number, row) for number, row in enumerate(rows, 1)]
+
+
+def read_csv(path: Path, columns: Iterable[str]) -> list[Row]:
+    """ValueError when one of `columns` is missing from the header or from a row."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    if missing := [c for c in columns if c not in (reader.fieldnames or ())]:
-        raise ValueError(f"public data: {path} lacks the column {missing[0]!r}; it has {', '.join(reader.fieldnames or ()) or 'none'}")
+    _check_columns(path, columns, reader.fieldnames or ())
     rows = []
-    for row in reader:
+    for number, row in enumerate(reader, 1):
         if any(row[c] is None for c in columns):
             raise ValueError(f"public data: {path}:{reader.line_num}: the row ends early")
-        rows.append(row)
+        rows.append(Row(path, number, row))
     return rows
+
+
+def read_parquet(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) -> list[Row]:
+    """Only these columns are decoded; ValueError when one of `columns` is missing."""
+    from pyarrow import ArrowException  # here, since it takes a tenth of a second that no other reader needs
+    from pyarrow.parquet import ParquetFile
+
+    data = io.BytesIO(read_bytes(path))
+    try:
+        file = ParquetFile(data)
+        names = file.schema_arrow.names
+        _check_columns(path, columns, names)
+        table = file.read([*columns, *(c for c in optional if c in names)])
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"public data: {path} is broken ({str(error).splitlines()[0]}); fetch it again") from None
+    return [Row(path, number, row) for number, row in enumerate(table.to_pylist(), 1)]
+
+
+def _check_columns(path: Path, columns: Iterable[str], there: Iterable[str]) -> None:
+    if missing := [c for c in columns if c not in there]:
+        raise ValueError(f"public data: {path} lacks the column {missing[0]!r}; it has {', '.join(there) or 'none'}")
 
 
 def split_of(group: str) -> str:
@@ -94,31 +177,3 @@ def order_of(group: str) -> int:
 def text_group(text: str) -> str:
     """One group for texts that differ in case, spaces or punctuation at most, so that copies never part over splits, nor over sets."""
     return "text-" + hashlib.sha256(re.sub(r"[\W_]+", " ", text.casefold()).strip().encode()).hexdigest()[:16]
-
-
-class LabelMap:
-    """Foreign labels -> what is known of an example's category, from labels/NAME.yaml (`order` is the file's)."""
-
-    def __init__(self, name: str, taxonomy: Taxonomy):
-        path = Path(__file__).parent / "labels" / f"{name}.yaml"
-        self._taxonomy = taxonomy
-        self._map: dict[str, list[str] | str] = yaml.safe_load(path.read_text())
-        self.order = list(self._map)
-        try:
-            for ids in self._map.values():
-                for id in ids if isinstance(ids, list) else ():
-                    taxonomy.by_id(id)
-        except ValueError as error:
-            raise ValueError(f"label map {path.name} is made for the packaged taxonomy: {error}") from None
-
-    def withheld(self, label: str) -> bool:
-        return self._map[label] == "withheld"
-
-    def category(self, labels: Iterable[str]) -> dict[str, Any]:
-        """The fields category, node, accepted and name of an `Example` with these unsafe labels (one at least)."""
-        labels = sorted(labels, key=self.order.index)
-        ids = [id for label in labels if self._map[label] != "ood" for id in self._map[label]]
-        if not ids:
-            return {"category": "ood", "name": labels[0]}
-        accepted = tuple(dict.fromkeys(id for id in ids if id != ids[0]))
-        return {"category": "node", "node": ids[0], "accepted": accepted, "name": self._taxonomy.by_id(ids[0]).name}

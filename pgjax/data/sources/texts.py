@@ -1,74 +1,92 @@
-"""Sets of texts: a request, no response."""
+"""Sets of texts: a request, no response. Those that are published for testing are in the split "eval" throughout.
 
-from collections import Counter
+Where a set marks rows about child safety, they are left out.
+"""
+
 from pathlib import Path
 
-from pgjax.data.schema import Example
-from pgjax.data.sources.files import LabelMap, Read, read_csv, read_json_lines, split_of, text_group
+from pgjax.data.schema import Example, Label
+from pgjax.data.sources.examples import WITHHELD, text_example
+from pgjax.data.sources.files import Read, Row, find_one, gather, read_csv, read_json_lines
+from pgjax.data.sources.label_map import LabelMap
 from pgjax.taxonomy import Taxonomy
 
 
 def openai_moderation(root: Path, taxonomy: Taxonomy) -> Read:
-    """openai/moderation-api-release (MIT), samples.jsonl.gz: `prompt` and the keys of the label map, each 0 or 1.
+    """openai/moderation-api-release (MIT), openai_moderation/samples.jsonl.gz: `prompt` and the keys of the label map, each 0 or 1.
 
     A missing key is unknown. Unsafe is any 1; safe is 0 at every key; anything else leaves the request label unknown, and such rows
     are left out, since they could neither teach nor measure. Of several positives one names the row, the others count as right.
     """
-    path = root / "openai_moderation" / "samples.jsonl.gz"
     labels = LabelMap("openai_moderation", taxonomy)
     scored = [key for key in labels.order if not labels.withheld(key)]
-    examples, left_out = [], Counter[str]()
-    for number, row in enumerate(read_json_lines(path), 1):
-        if not isinstance(row.get("prompt"), str) or any(row.get(key, 0) not in (0, 1) for key in labels.order):
-            raise ValueError(f"public data: {path}: row {number} needs a text `prompt`, and 0 or 1 at {', '.join(labels.order)}")
-        positive = [key for key in labels.order if row.get(key) == 1]
-        if any(labels.withheld(key) for key in positive):
-            left_out["withheld category"] += 1
-        elif not row["prompt"].strip():
-            left_out["empty"] += 1
-        elif positive:
-            examples.append(_text("openai_moderation", number, row["prompt"], **_unsafe(), **labels.category(positive)))
-        elif all(row.get(key) == 0 for key in scored):
-            examples.append(_text("openai_moderation", number, row["prompt"], **_safe()))
-        else:
-            left_out["label unknown"] += 1
-    return Read(examples, left_out)
+
+    def read(row: Row) -> Example | str:
+        if not isinstance(row.values.get("prompt"), str) or any(row.values.get(key, 0) not in (0, 1) for key in labels.order):
+            raise ValueError(f"{row.where} needs a text `prompt`, and 0 or 1 at {', '.join(labels.order)}")
+        positive = [key for key in labels.order if row.values.get(key) == 1]
+        if (about := labels.about(positive, row.where)) is None:
+            return WITHHELD
+        label: Label = "unsafe" if positive else "safe" if all(row.values.get(key) == 0 for key in scored) else "unknown"
+        return text_example("openai_moderation", row, row.text("prompt"), label, about=about)
+
+    return gather(map(read, read_json_lines(root / "openai_moderation" / "samples.jsonl.gz")))
 
 
 def surge_toxicity(root: Path, taxonomy: Taxonomy) -> Read:
-    """surge-ai/toxicity (MIT), toxicity_en.csv: `text`, `is_toxic` Toxic or Not Toxic. What a toxic text is about is unknown."""
-    path = root / "surge_toxicity" / "toxicity_en.csv"
-    examples, left_out = [], Counter[str]()
-    for number, row in enumerate(read_csv(path, ("text", "is_toxic")), 1):
-        if row["is_toxic"] not in ("Toxic", "Not Toxic"):
-            raise ValueError(f"public data: {path}: row {number} has a label in `is_toxic` that is neither Toxic nor Not Toxic")
-        if not row["text"].strip():
-            left_out["empty"] += 1
-            continue
-        known = _safe() if row["is_toxic"] == "Not Toxic" else _unsafe() | {"category": "unknown"}
-        examples.append(_text("surge_toxicity", number, row["text"], **known))
-    return Read(examples, left_out)
+    """surge-ai/toxicity (MIT), surge_toxicity/toxicity_en.csv: `text`, `is_toxic` Toxic or Not Toxic.
+
+    What a toxic text is about is unknown.
+    """
+    rows = read_csv(root / "surge_toxicity" / "toxicity_en.csv", ("text", "is_toxic"))
+    return gather(text_example("surge_toxicity", row, row.text("text"), row.label("is_toxic", "Not Toxic", "Toxic")) for row in rows)
 
 
-def _unsafe() -> dict:
-    return {"request_label": "unsafe"}
+def harmbench(root: Path, taxonomy: Taxonomy) -> Read:
+    """centerforaisafety/HarmBench (MIT), harmbench/behavior_datasets/harmbench_behaviors_text_all.csv: 400 behaviours, all unsafe.
+
+    `Behavior` is the request, below its `ContextString` where there is one, joined as HarmBench itself joins them. The published table
+    counts all 400, those about copyright and those with a context among them.
+    """
+    labels = LabelMap("harmbench", taxonomy)
+
+    def read(row: Row) -> Example | str:
+        request, context = row.text("Behavior"), row.text("ContextString")
+        request = f"{context}\n\n---\n\n{request}" if context.strip() and request.strip() else request
+        if (about := labels.about([row.text("SemanticCategory")], row.where)) is None:
+            return WITHHELD
+        return text_example("harmbench", row, request, "unsafe", about=about, split="eval")
+
+    path = root / "harmbench" / "behavior_datasets" / "harmbench_behaviors_text_all.csv"
+    return gather(map(read, read_csv(path, ("Behavior", "SemanticCategory", "ContextString"))))
 
 
-def _safe() -> dict:
-    return {"request_label": "safe", "category": "none"}
+def simple_safety_tests(root: Path, taxonomy: Taxonomy) -> Read:
+    """bertiev/SimpleSafetyTests (CC BY 4.0), simple_safety_tests/*.csv (one file): `harm_area`, `prompts_final`; all unsafe.
+
+    The published table has 100 rows; here the 20 of the harm area child safety are left out. Harm areas are compared without case.
+    """
+    labels = LabelMap("simple_safety_tests", taxonomy)
+
+    def read(row: Row) -> Example | str:
+        if (about := labels.about([row.text("harm_area").strip().capitalize()], row.where)) is None:
+            return WITHHELD
+        return text_example("simple_safety_tests", row, row.text("prompts_final"), "unsafe", about=about, split="eval")
+
+    return gather(map(read, read_csv(find_one(root, "simple_safety_tests/*.csv"), ("harm_area", "prompts_final"))))
 
 
-def _text(source: str, number: int, text: str, **known) -> Example:
-    group = text_group(text)
-    return Example(
-        id=f"{source}-{number:05d}",
-        group=group,
-        source=source,
-        modality="text",
-        request=text,
-        response=None,
-        images=(),
-        response_label="absent",
-        split=split_of(group),
-        **known,
-    )
+def toxic_chat(root: Path, taxonomy: Taxonomy) -> Read:
+    """lmsys/toxic-chat (CC BY-NC 4.0), toxic_chat/toxic-chat_annotation_test.csv of toxicchat0124: `user_input`, `toxicity` 0 or 1.
+
+    Only a part was labelled by people (`human_annotation` True); the published table counts all 5083 rows, and so does this reader.
+    `toxicity` is about the request: `model_output` has no label and is not read. What a toxic request is about is unknown.
+    """
+    rows = read_csv(root / "toxic_chat" / "toxic-chat_annotation_test.csv", ("user_input", "toxicity"))
+    return gather(text_example("toxic_chat", row, row.text("user_input"), row.label("toxicity", "0", "1"), split="eval") for row in rows)
+
+
+def xstest(root: Path, taxonomy: Taxonomy) -> Read:
+    """paul-rottger/xstest (CC BY 4.0), xstest/xstest_prompts.csv: `prompt`, `label` safe or unsafe; about what is unknown."""
+    rows = read_csv(root / "xstest" / "xstest_prompts.csv", ("prompt", "label"))
+    return gather(text_example("xstest", row, row.text("prompt"), row.label("label", "safe", "unsafe"), split="eval") for row in rows)
