@@ -116,6 +116,13 @@ def figures(rows: Rows, weight_BP: Array) -> dict[str, Figure]:
     return found
 
 
+def labelled(gold: Gold, line: str) -> Array:
+    """Rows [P] scored on the line "request" or "response": those of known label, and on responses no image alone."""
+    if line == "request":
+        return np.isin(gold.request_P, (SAFE, UNSAFE))
+    return np.isin(gold.response_P, (SAFE, UNSAFE)) & (np.asarray(gold.modality_P) != IMAGE)
+
+
 def _once(rows: Rows) -> Array:
     return np.ones((1, len(rows.gold.weight_P)))
 
@@ -134,9 +141,8 @@ def _figures(rows: Rows, keep_P: Array, weight_BP: Array) -> dict[str, Figure]:
             values["auroc"] = auroc(right_P, np.where(verdict.parsed & ~np.isnan(score_P), score_P, wrong_P)[rows_P], weight)
         found.update({f"{name}_{key}": Figure(value_B, values["n"]) for key, value_B in values.items()})
 
-    add("request", gold.request_P == UNSAFE, verdict.request == UNSAFE, np.isin(gold.request_P, (SAFE, UNSAFE)), rows.unsafe.get("request"))
-    has_response_P = np.isin(gold.response_P, (SAFE, UNSAFE)) & (gold.modality_P != IMAGE)
-    add("response", gold.response_P == UNSAFE, verdict.response == UNSAFE, has_response_P, rows.unsafe.get("response"))
+    add("request", gold.request_P == UNSAFE, verdict.request == UNSAFE, labelled(gold, "request"), rows.unsafe.get("request"))
+    add("response", gold.response_P == UNSAFE, verdict.response == UNSAFE, labelled(gold, "response"), rows.unsafe.get("response"))
 
     listed_P = keep_P & (gold.category_P == CATEGORY_NODE)
     found["category_accuracy"] = _mean(right_category(verdict, gold), listed_P, weight_BP)

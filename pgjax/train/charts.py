@@ -17,10 +17,15 @@ WINDOW = 10  # steps of a running mean
 
 
 def text(value: object, longest: int = 4000) -> str:
-    """Escaped and printable: control, invisible and direction-changing characters become U+FFFD, and what is too long is cut."""
+    """`printable`, and escaped for HTML."""
+    return escape(printable(value, longest))
+
+
+def printable(value: object, longest: int = 4000) -> str:
+    """Control, invisible and direction-changing characters become U+FFFD, and what is too long is cut."""
     shown = str(value)
     cut = shown[:longest] + " [cut]" * (len(shown) > longest)
-    return escape("".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in cut))
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else "\ufffd" for c in cut)
 
 
 def short(value: float | None) -> str:
@@ -134,7 +139,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, int]], low_high: Mapping[s
     if not rows:
         return ""
     names = [cut(name, 22) for name, _, _ in rows]
-    left, right, step = 12 + LETTER * max(map(len, names)), 92, 22
+    left, right, step = 12 + LETTER * max(map(len, names)), 106, 22
     width, tall = W, TOP + step * len(rows) + 10
     x_at = lambda v: left + v * (width - left - right)  # noqa: E731
     body = [line(x_at(t), TOP - 4, x_at(t), tall - 10, "grid") + label(x_at(t), TOP - 8, f"{t:g}", "middle") for t in (0, 0.5, 1)]
@@ -145,7 +150,7 @@ def bars(title: str, rows: Sequence[tuple[str, float, int]], low_high: Mapping[s
         if low_high and name in low_high:
             low, high = map(x_at, low_high[name])
             body += [line(low, y + 10, high, y + 10, "interval"), *(line(x, y + 6, x, y + 14, "interval") for x in (low, high))]
-        body += [label(width - right + 10, y + 14, short(value)), label(width - right + 50, y + 14, f"n {number}", "faint")]
+        body += [label(width - right + 10, y + 14, short(value)), label(width - right + 58, y + 14, f"n {number}", "faint")]
     return figure(title, "".join(body), width, tall)
 
 

@@ -1,4 +1,8 @@
-"""The frame and the style sheet of report.html: light and dark, wide and narrow, no scripts, nothing fetched."""
+"""The frame and the style sheet of pages such as report.html: light and dark, wide and narrow, no scripts, nothing fetched."""
+
+from collections.abc import Mapping
+
+from pgjax.train.charts import text
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --dim: #667080; --rule: #dfe3e8; --paper: #fff; --panel: #f6f7f9;
@@ -10,6 +14,7 @@ body { margin: 0 auto; padding: 28px 20px 80px; max-width: 1180px; background: v
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif }
 h1 { font-size: 28px; margin: 0 0 8px; overflow-wrap: anywhere }
 h2 { font-size: 19px; margin: 44px 0 10px; padding-top: 10px; border-top: 1px solid var(--rule) }
+h3 { font-size: 15px; margin: 26px 0 6px }
 p { margin: 6px 0 12px; max-width: 80ch; color: var(--dim) }
 a { color: var(--c0) }
 nav a { margin-right: 18px; white-space: nowrap }
@@ -44,7 +49,8 @@ svg text.dot { fill: var(--hue); font-weight: 600 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 600; font-size: 13px; color: var(--dim); white-space: nowrap }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--rule); vertical-align: top }
-.numbers td + td, .numbers th + th { text-align: right; padding-left: 14px }
+.numbers td + td, .numbers th + th { text-align: right; padding-left: 14px; white-space: nowrap }
+.numbers td:first-child { min-width: min(175px, 42vw) }
 .samples { width: 100%; font-size: 13.5px }
 .samples td { white-space: nowrap }
 .samples .id { min-width: 150px; max-width: 260px; overflow-wrap: anywhere; white-space: normal; padding-left: 8px }
@@ -71,3 +77,16 @@ PAGE = """<!doctype html>
 <title>{title} · pgjax report</title><style>{style}</style></head>
 <body><header>{header}</header><nav>{nav}</nav><main>{body}</main></body></html>
 """
+
+
+def whole_page(title: str, header: str, sections: Mapping[str, str]) -> str:
+    """The page of these sections by heading, with links to them on top; `header` and the sections are markup, an empty one is left out."""
+    kept = {name: body for name, body in sections.items() if body}
+    nav = " ".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(kept))
+    body = "".join(f'<section id="s{i}"><h2>{name}</h2>{part}</section>' for i, (name, part) in enumerate(kept.items()))
+    return PAGE.format(title=text(title), style=STYLE, header=header, nav=nav, body=body)
+
+
+def facts(items: Mapping[str, object]) -> str:
+    """Names over their values."""
+    return "<dl>" + "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items.items()) + "</dl>"

@@ -8,7 +8,8 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 from pgjax.automaton import OUTCOMES
@@ -20,7 +21,7 @@ from pgjax.files import replace_file
 from pgjax.recipes import to_json
 from pgjax.taxonomy import Taxonomy, load_taxonomy
 from pgjax.train.charts import WINDOW, bars, heat_map, histogram, lines, short, text
-from pgjax.train.page import PAGE, STYLE
+from pgjax.train.page import facts, whole_page
 from pgjax.train.run_folder import read_config, read_metrics
 
 ROWS = 60  # of the sample table, for right and for wrong answers each
@@ -66,13 +67,9 @@ def write_report(run: Path, show_content: bool) -> Path:
         "Training": curves(steps, scores),
         "Held-out scores": held_out(scores[-1] if scores else {}, read_intervals(run, scores), samples, taxonomy),
         "Categories": confusion(samples, taxonomy),
-        "Samples": sample_tables(run, samples, step, taxonomy, show_content, recipe.data.name != "toy"),
+        "Samples": sample_section(run, samples, step, taxonomy, show_content, recipe.data.name != "toy"),
     }
-    kept = {name: body for name, body in sections.items() if body}
-    nav = "".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(kept))
-    body = "".join(f'<section id="s{i}"><h2>{name}</h2>{part}</section>' for i, (name, part) in enumerate(kept.items()))
-    page = PAGE.format(title=text(recipe.name), style=STYLE, header=header(recipe, steps), nav=nav, body=body)
-    replace_file(run / "report.html", page)
+    replace_file(run / "report.html", whole_page(recipe.name, header(recipe, steps), sections))
     return run / "report.html"
 
 
@@ -118,7 +115,7 @@ def thumbnail(data: bytes) -> str:
 def header(recipe: Recipe, steps: list[dict]) -> str:
     grpo, done = recipe.grpo, steps[-1]["step"] if steps else 0
     seconds = sum(row.get("perf/time_per_step") or 0 for row in steps)
-    facts = {
+    items = {
         "steps": f"{done} of {grpo.steps}, {seconds / 60:.1f} min",
         "data": f"{recipe.data.name}, seed {recipe.seed}",
         "start": recipe.checkpoint or f"random weights, {recipe.sft.steps} warm-up steps",
@@ -128,10 +125,9 @@ def header(recipe: Recipe, steps: list[dict]) -> str:
         "reward": recipe.reward.variant,
         "mesh": f"data {recipe.mesh.data}, fsdp {recipe.mesh.fsdp}, tensor {recipe.mesh.tensor}",
     }
-    items = "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
     warning = '<p class="warning">A toy or demo model: not a guard.</p>' if recipe.not_a_guard else ""
     config = f"<details><summary>The whole config</summary><pre>{text(to_json(recipe), 100_000)}</pre></details>"
-    return f"<h1>{text(recipe.name, 200)}</h1>{warning}<dl>{items}</dl>{config}"
+    return f"<h1>{text(recipe.name, 200)}</h1>{warning}{facts(items)}{config}"
 
 
 def summary(steps: list[dict], scores: list[dict]) -> str:
@@ -268,16 +264,28 @@ def confusion(samples: list[dict], taxonomy: Taxonomy) -> str:
 # --- sample table ------------------------------------------------------------------------------------------------------------------
 
 
-def sample_tables(run: Path, samples: list[dict], step: int, taxonomy: Taxonomy, content: bool, veil: bool) -> str:
+def sample_section(run: Path, samples: list[dict], step: int, taxonomy: Taxonomy, content: bool, veil: bool) -> str:
     if not samples:
         return ""
-    scored = any("score_request" in row for row in samples)
-    parts = {"wrong": [row for row in samples if not right(row)], "right": [row for row in samples if right(row)]}
+    parts = wrong_and_right(samples)
     pictures = read_pictures(run, [row for rows in parts.values() for row in rows[:ROWS]]) if content else {}
     links = " · ".join(f'<a href="#{name}">{len(rows)} {name}</a>' for name, rows in parts.items())
     kept = "" if content else " Texts and pictures are not kept for this data; train with --report.show-content to see them here."
     body = f"<p>Greedy answers at step {step}: {links}. Right means every label and the category, where known. "
     body += f"Terms are what request + response + category earned.{kept}</p>"
+    return body + sample_tables(parts, taxonomy, pictures, content, veil)
+
+
+def wrong_and_right(samples: Sequence[dict]) -> dict[str, list[dict]]:
+    return {"wrong": [row for row in samples if not right(row)], "right": [row for row in samples if right(row)]}
+
+
+def sample_tables(
+    parts: Mapping[str, Sequence[dict]], taxonomy: Taxonomy, pictures: Mapping[str, Sequence[str]], content: bool, veil: bool
+) -> str:
+    """Rows as evaluation/samples.py makes them, at most ROWS a part. `pictures` has data addresses by row id; without `content` texts
+    stay out, and with `veil` they are folded and pictures blurred until clicked."""
+    scored, body = any("score_request" in row for rows in parts.values() for row in rows), ""
     for name, rows in parts.items():
         if rows:
             more = f", the first {ROWS}" if len(rows) > ROWS else ""
@@ -288,7 +296,7 @@ def sample_tables(run: Path, samples: list[dict], step: int, taxonomy: Taxonomy,
     return body
 
 
-def sample_row(row: dict, taxonomy: Taxonomy, pictures: list[str], content: bool, veil: bool, scored: bool) -> str:
+def sample_row(row: dict, taxonomy: Taxonomy, pictures: Sequence[str], content: bool, veil: bool, scored: bool) -> str:
     verdict, terms = row["verdict"], row["terms"]
     gold_name = {"node": row["node"], "ood": f"OOD ({row['node'] or '?'}{', never seen' if row['never_seen'] else ''})"}
     gold = [row["request_label"], row["response_label"], gold_name.get(row["category"], row["category"])]
@@ -307,7 +315,7 @@ def sample_row(row: dict, taxonomy: Taxonomy, pictures: list[str], content: bool
     shown = "".join(f'<div><b>{name}</b> <span dir="auto">{line_end(text(value))}</span></div>' for name, value in texts)
     if not shown and not pictures:
         return line
-    images = [f'<img src="{address}" alt="">' for address in pictures]
+    images = [f'<img src="{escape(address)}" alt="">' for address in pictures]
     if veil:
         images = [f'<label class="veil" title="click to see"><input type="checkbox">{image}</label>' for image in images]
         shown = f"<details><summary>text</summary>{shown}</details>" if shown else ""
