@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def start_jax(devices: int) -> None:
@@ -70,7 +70,7 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     start_jax(0)
     from pgjax.data.rows import conversation, conversation_of
     from pgjax.serving.batch import moderate_rows
-    from pgjax.serving.guard import Guard, How
+    from pgjax.serving.guard import Guard
 
     lines = read_jsonl(args.jsonl) if args.jsonl else []
     if not args.jsonl:
@@ -78,8 +78,8 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     elif not args.out:
         examples = [conversation_of(line) for line in lines]
     own = read_policy(args.policy)
-    how = How(args.mode, args.samples, args.threshold, args.fail_open)
-    with Guard.load(Path(args.model), args.best, rows=args.rows, bound=not args.unbound) as guard:
+    how, options = guarding_of(args)
+    with Guard.load(Path(args.model), **options) as guard:
         policy = guard.policy(args.categories, own)
         if args.out:
             job = {"model": str(Path(args.model).resolve()), "policy": own, "categories": args.categories, "unbound": args.unbound}
@@ -89,6 +89,24 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
         for id, verdict in zip(ids, guard.verdicts(examples, policy, how), strict=True):
             named = {"id": id} if args.jsonl else {}
             print(json.dumps(named | verdict) if args.json else readable(named | verdict), flush=True)
+
+
+def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    start_jax(0)
+    from pgjax.evaluation.command import run
+
+    how, options = guarding_of(args)
+    summary, text = run(Path(args.model), args, how, options)
+    print(json.dumps(summary) if args.json else text, end="\n" if args.json else "")
+
+
+def guarding_of(args: argparse.Namespace) -> tuple[Any, dict]:
+    """How to judge, and the options of Guard.load, of a command that judges."""
+    from pgjax.serving.guard import How
+
+    how = How(args.mode, args.samples, args.threshold, args.fail_open)
+    return how, {"best": args.best, "rows": args.rows, "bound": not args.unbound, "prompt_tokens": args.prompt_tokens}
 
 
 def read_policy(file: str | None) -> str | None:
@@ -221,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", required=True, help="run folder, or Hugging Face checkpoint directory")
         sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
         sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time")
+        sub.add_argument("--prompt-tokens", type=int, help="longest prompt, instead of the one that the model was trained with")
         sub.add_argument("--unbound", action="store_true", help="answers are not held to the format, to measure what that changes")
         sub.add_argument("--mode", choices=("think", "fast"), default="think", help="fast: without reasoning")
         sub.add_argument("--samples", type=int, default=1, help="answers to a conversation, drawn, that vote; 1: one greedy answer")
@@ -236,6 +255,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
     sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
     sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
+    sub = guarding("evaluate", evaluate, "the tables of the paper for any checkpoint, on public benchmarks")
+    sub.add_argument("--benchmark", nargs="+", required=True, help="names, or held_out: the held-out rows of a run folder")
+    sub.add_argument("--data", help="folder of the sets; default $PGJAX_DATA")
+    sub.add_argument("--out", required=True, help="folder for evaluation.json, tables.md, report.html and answers.jsonl")
+    sub.add_argument("--limit", type=int, help="at most so many rows of a set, whole groups by a hash of their name; default all")
+    sub.add_argument("--held-out", action="store_true", help="of sets that training may have used, the held-out rows alone")
+    sub.add_argument("--obedience", action="store_true", help="also ask whether answers follow a changed policy")
+    sub.add_argument("--reveal", action="store_true", help="texts unfolded and pictures sharp in the report; default folded and blurred")
+    sub.add_argument("--seed", type=int, default=0, help="of what is hidden and of the intervals")
+    sub.add_argument("--json", action="store_true", help="the summary as one JSON object")
     sub = command("score", score, "log-probabilities of given completions, token by token")
     sub.add_argument("--model", required=True, help="Hugging Face checkpoint directory, or run folder")
     sub.add_argument("--jsonl", required=True, help="rows {messages, completion, id}; an image part is a path beside the file")

@@ -22,7 +22,6 @@ from pgjax.data.build import build_dataset
 from pgjax.data.schema import LABELS, Example
 from pgjax.evaluation.evaluate import Answered
 from pgjax.evaluation.samples import sample_rows
-from pgjax.generate.decode import Rollout
 from pgjax.recipes import to_json
 from pgjax.taxonomy import load_taxonomy
 from pgjax.train.charts import H, apart, bars, histogram, lines, running_mean, short, text, ticks
@@ -358,15 +357,14 @@ def answered(P: int = 8) -> Answered:
     known = batch.gold.node_of_id_PK.argmax(axis=1)
     parsed = np.arange(P) > 0
     verdict = Verdict(parsed, np.where(parsed, 1, 3), np.where(parsed, 0, 3), np.where(parsed, 1, -1), np.where(parsed, known, -1))
-    rollout = Rollout(*[np.zeros((P, 1, 4), int) if f != "length_PG" else np.full((P, 1), 3) for f in Rollout.__dataclass_fields__])
     terms = {"format": parsed.astype(np.float32), "request": np.ones(P, np.float32)}
     chance = {"request": np.where(parsed, 0.75, np.nan)}
-    return Answered(batch, rollout, verdict, np.zeros(P), np.ones(P), terms, [f"answer {p}" for p in range(P)], chance)
+    return Answered(batch, np.full(P, 3), verdict, np.zeros(P), np.ones(P), terms, [f"answer {p}" for p in range(P)], chance)
 
 
 def test_sample_rows():
     given, m = answered(), materials()
-    kept = sample_rows(given, m, True)
+    kept = sample_rows(given, m.taxonomy, True)
     assert [row["id"] for row in kept] == [example.id for example, _ in given.batch.rows] and json.loads(
         json.dumps(kept, allow_nan=False)
     ) == kept
@@ -382,7 +380,7 @@ def test_sample_rows():
 
 
 def test_sample_rows_without_content():
-    assert all(not {"request", "response", "answer"} & row.keys() for row in sample_rows(answered(), materials(), False))
+    assert all(not {"request", "response", "answer"} & row.keys() for row in sample_rows(answered(), materials().taxonomy, False))
 
 
 # --- wrong input -------------------------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_a_label_map_is_made_for_the_packaged_taxonomy():
 
 def test_a_missing_root_says_what_to_set(tmp_path, monkeypatch):
     monkeypatch.delenv("PGJAX_DATA", raising=False)
-    with pytest.raises(ValueError, match="set --data.root or the environment variable PGJAX_DATA"):
+    with pytest.raises(ValueError, match="set PGJAX_DATA, or --data.root"):
         data_root(None)
     with pytest.raises(ValueError, match="is no folder; set --data.root"):
         data_root(str(tmp_path / "nowhere"))

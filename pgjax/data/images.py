@@ -127,6 +127,23 @@ def slot_count(grid: tuple[int, int], vision: VisionConfig) -> int:
     return -(-grid[0] // side) * -(-grid[1] // side) * side**2
 
 
+def shrunk(data: bytes, vision: VisionConfig, slots: int) -> bytes:
+    """The file, or where its picture takes more than `slots` slots a PNG of a smaller copy. ValueError as `load_image`, and where even
+    the smallest copy takes more."""
+    image = load_image(data)
+    scale, (width, height) = 1.0, image.size
+    while slot_count(image_grid((width, height), vision), vision) > slots:
+        before, scale = image_grid((width, height), vision), scale * 0.95
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        if scale < 1e-3 or before == (2, 2):
+            raise ValueError(f"the image does not fit into {slots} patches")
+    if (width, height) == image.size:
+        return data
+    out = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
 def image_patches(image: Image.Image, vision: VisionConfig) -> ImagePatches:
     """Resize within the bounds on the area (pixels), normalise, cut into patches and lay them out in slots.
 

@@ -14,7 +14,6 @@ from pgjax.bank import Bank, build_bank
 from pgjax.data.pipeline import Batch, Pipeline
 from pgjax.data.schema import CATEGORY_OOD
 from pgjax.evaluation.metrics import Rows, mean_similarity, retrieval_rank
-from pgjax.generate.decode import Rollout
 from pgjax.generate.labels import label_probability
 from pgjax.models.sentence_encoder import TextEncoder
 from pgjax.models.static_encoder import load_static_encoder
@@ -26,7 +25,7 @@ class Answered(NamedTuple):
     """One batch with its greedy answers; arrays are numpy, this process's rows."""
 
     batch: Batch
-    rollout: Rollout  # G = 1
+    length_P: np.ndarray  # tokens
     verdict: Verdict  # [P]
     similarity_P: np.ndarray
     reward_P: np.ndarray
@@ -51,7 +50,7 @@ def answer(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: int
             line.lower(): label_probability(programs.score_given, weights, batch.prompt, texts, line, tokenizer, limit)
             for line in (("Request", "Response") if scored else ())
         }
-        yield Answered(batch, rollout, verdict, similarity_P, reward_P, terms, texts, scores)
+        yield Answered(batch, rollout.length_PG[:, 0], verdict, similarity_P, reward_P, terms, texts, scores)
 
 
 def evaluate(

@@ -4,10 +4,10 @@ import numpy as np
 
 from pgjax.data.schema import CATEGORIES
 from pgjax.evaluation.evaluate import Answered
-from pgjax.train.materials import Materials
+from pgjax.taxonomy import Taxonomy
 
 
-def sample_rows(answered: Answered, materials: Materials, content: bool) -> list[dict]:
+def sample_rows(answered: Answered, taxonomy: Taxonomy, content: bool) -> list[dict]:
     """One JSON object for each row of a batch with its greedy answers; rows that only pad are left out.
 
     * `id`, `source`, `modality`, `request_label`, `response_label`, `node`: as in the `Example`.
@@ -27,9 +27,9 @@ def sample_rows(answered: Answered, materials: Materials, content: bool) -> list
             "category": CATEGORIES[gold.category_P[p]],
             "never_seen": bool(gold.never_seen_P[p]),
             "shown": [shown for shown, _ in view.entries],
-            "said": materials.taxonomy.nodes[node].id if node >= 0 else None,
+            "said": taxonomy.nodes[node].id if node >= 0 else None,
             "verdict": verdict,
-            "length": int(answered.rollout.length_PG[p, 0]),
+            "length": int(answered.length_P[p]),
             "reward": float(answered.reward_P[p]),
             "terms": {name: float(term_P[p]) for name, term_P in answered.terms.items()},
         }

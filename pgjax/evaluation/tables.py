@@ -71,8 +71,24 @@ def tables(summary: dict, guard: str) -> Iterator[Table]:
         yield Table("Categories", "Categories of the policy", ("benchmark", "n", "accuracy"), rows, note)
         yield from _beside("Categories", "Category accuracy", "category", {guard: {name: one["accuracy"] for name, one in listed.items()}})
     yield from _ood(benchmarks, guard)
+    yield from _obedience(summary.get("obedience", {}))
     used = [(name, str(one["rows"]), _reasons(one["left_out"]), f"{one['seconds']:.0f}") for name, one in benchmarks.items()]
     yield Table("Rows", ROWS, ("benchmark", "rows", "left out", "seconds"), used, "Rows of the first pass; seconds of both.")
+
+
+def _obedience(found: Mapping[str, dict]) -> Iterator[Table]:
+    if found:
+        rows = [
+            (f"{name}, {condition}", str(one["n"]), percent(one | {"ci": {"obeyed": one["ci"]}}, "obeyed"), *map(str, one["unsafe"]))
+            for name, conditions in found.items()
+            for condition, one in conditions.items()
+        ]
+        note = "Percent of the rows whose answer follows a changed policy. permuted: categories in another order under other ids, renamed: "
+        note += (
+            "called by synonyms, without descriptions; the same category is named. hidden: all that would be right is missing, foreign: "
+        )
+        note += "harmless topics stand instead; a conversation that is called unsafe gets no listed id. unsafe: called so before and after."
+        yield Table("Policy", "Obedience to the policy", ("benchmark", "n", "obeyed", "unsafe before", "after"), rows, note)
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:

@@ -129,7 +129,7 @@ def validate(programs: Programs, materials: Materials, recipe: Recipe, policy: d
     full = step in (0, recipe.grpo.steps)
 
     def seen(answered: Answered) -> None:
-        rows.extend(sample_rows(answered, materials, recipe.shows_content))
+        rows.extend(sample_rows(answered, materials.taxonomy, recipe.shows_content))
         progress.update(len(rows))
 
     with Progress("evaluate", len(materials.held_out), show=show) as progress:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from pgjax import automaton as answers
-from pgjax.automaton import NEVER, Automaton, id_grid
+from pgjax.automaton import Automaton, id_grid
 from pgjax.config import OODConfig, Recipe
 from pgjax.conversation import neutralise_special
 from pgjax.data.arrays import Prompt, prompt_batch
+from pgjax.data.images import shrunk
 from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
 from pgjax.files import read_json
@@ -86,13 +87,17 @@ class Guard:
     bound: bool  # answers under the automaton
 
     @classmethod
-    def load(cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True) -> "Guard":
+    def load(
+        cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True, prompt_tokens: int | None = None
+    ) -> "Guard":
         """The newest checkpoint of a run folder or the `best` (grpo.keep_best), or a Hugging Face checkpoint directory, on all devices.
 
-        `rows` answers at a time, `queue` requests may wait. `bound` off: nothing holds answers to the format.
+        `rows` answers at a time, `queue` requests may wait. `bound` off: nothing holds answers to the format. `prompt_tokens` stands
+        instead of the recipe's data.prompt_tokens; a model has not seen longer prompts in training.
         """
         recipe, setup, params, tokenizer = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
-        taxonomy = load_taxonomy(recipe.data.taxonomy)
+        data = dataclasses.replace(recipe.data, prompt_tokens=prompt_tokens or recipe.data.prompt_tokens)
+        recipe, taxonomy = dataclasses.replace(recipe, data=data), load_taxonomy(data.taxonomy)
         ids = _ids(taxonomy)
         vocab, limit = recipe.model.text.vocab, recipe.answer.max_tokens
         with jax.set_mesh(setup.mesh):
@@ -139,18 +144,25 @@ class Guard:
 
     def ask(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None) -> tuple[Ask, np.ndarray]:
         """What the engine is asked, and which node each id stands for. `view` is what the prompt shows; None is the whole policy.
+        Pictures that take more patches than the model's share for each are made smaller.
 
         ValueError for a conversation that cannot be shown whole.
         """
         view = view or policy.view(example.modality)
-        opening = _opening(self.recipe) if how.mode == "fast" else ""
+        opening = self.opening(how.mode)
         data = self.recipe.data
         reasons = {
             "prompt": f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model; "
             "list fewer categories or shorten the conversation",
-            "patches": f"the images take more than the {data.patches} patches of the model; give smaller ones",
+            "patches": f"the images take more than the {data.patches} patches of the model; give fewer",
             "image": "the image cannot be read",
         }
+        try:
+            share = data.patches // max(len(example.images), 1)
+            images = tuple(shrunk(image, self.recipe.model.vision, share) for image in example.images)
+        except ValueError as error:
+            raise ValueError(f"{example.id}: {error}") from error
+        example = dataclasses.replace(example, images=images)
         if reason := policy.renderer.unfit(example, view):
             raise ValueError(f"{example.id}: {reasons[reason]}")
         prompt = policy.renderer.prompt(example, view, opening, self.engine.prompt_tokens)
@@ -159,9 +171,7 @@ class Guard:
         for token in _tokens(self.tokenizer, opening):
             start = int(self.automaton.next_state_AC[start, self.automaton.token_class_V[token]])
         ids = [id for id, _ in view.entries if id in view.answerable] if how.categories else []
-        to_score = lambda tokens: tails(  # noqa: E731
-            opening + self._text(tokens), opening, tokens, self.tokenizer, ids, example.modality != "image"
-        )
+        has_response = example.modality != "image"
         ask = Ask(
             prompt,
             start,
@@ -172,9 +182,11 @@ class Guard:
             how.seed,
             self.bound,
             how.deadline,
-            to_score,
+            lambda tokens: tails(opening + self.text(tokens), opening, tokens, self.tokenizer, ids, has_response),
         )
-        self._check_room(ask)
+        needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min())
+        if ask.bound and needed > ask.limit:
+            raise ValueError(f"an answer takes at least {needed} tokens; this guard writes at most {ask.limit}")
         return ask, node_of_id_K
 
     def submit(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None, wait: bool = False) -> Case:
@@ -182,18 +194,24 @@ class Guard:
         ask, node_of_id_K = self.ask(example, policy, how, view)
         return Case(example, policy, how, node_of_id_K, self.engine.submit(ask, wait))
 
+    def judge(self, rows: Iterable[tuple[Example, PolicyView | None]], policy: Policy, how: How = How()) -> Iterator[Case | ValueError]:
+        """Every row's case when it has its answers, in order, or why it cannot be shown; a few are on their way at a time."""
+        flight: deque[Case | ValueError] = deque()
+        for example, view in rows:
+            try:
+                flight.append(self.submit(example, policy, how, view, wait=True))
+            except ValueError as error:
+                flight.append(error)
+            if len(flight) >= 2 * self.engine.rows:
+                yield _answered(flight.popleft())
+        yield from map(_answered, flight)
+
     def verdict(self, case: Case) -> dict:
         """What `serving/verdict.py` says of the case's answers, when they are there, with `mode`, `samples` and `not_a_guard`."""
-        how, opening = case.how, _opening(self.recipe) if case.how.mode == "fast" else ""
+        how, opening = case.how, self.opening(case.how.mode)
+        tag = self.recipe.answer.think_tag
         readings = [
-            read(
-                opening + self._text(told.tokens),
-                told.state,
-                self.automaton,
-                case.node_of_id_K,
-                self.recipe.answer.think_tag,
-                read_scores(told.tails),
-            )
+            read(opening + self.text(told.tokens), told.state, self.automaton, case.node_of_id_K, tag, read_scores(told.tails))
             for told in case.future.result()
         ]
         calibration = self.calibration
@@ -204,13 +222,18 @@ class Guard:
         return said | {"mode": how.mode, "samples": how.samples, "not_a_guard": self.recipe.not_a_guard}
 
     def verdicts(self, examples: Sequence[Example], policy: Policy, how: How = How()) -> Iterator[dict]:
-        """A verdict for each conversation, in order, as they come. All conversations are checked before this returns."""
-        asks = [self.ask(example, policy, how) for example in examples]
-        cases = (
-            Case(example, policy, how, node_of_id_K, self.engine.submit(ask, wait=True))
-            for example, (ask, node_of_id_K) in zip(examples, asks, strict=True)
-        )
-        return map(self.verdict, list(cases))
+        """A verdict for each conversation, in order, as they come. Raises ValueError for the first that cannot be shown whole."""
+        for case in self.judge(((example, None) for example in examples), policy, how):
+            if isinstance(case, ValueError):
+                raise case
+            yield self.verdict(case)
+
+    def opening(self, mode: Mode) -> str:
+        """What an answer begins with before the model writes."""
+        return _opening(self.recipe) if mode == "fast" else ""
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     # --- the model itself ------------------------------------------------------------------------------------------------------------
 
@@ -225,13 +248,11 @@ class Guard:
         prompt = prompt_batch([Prompt(0, text, images)], self.tokenizer, vision, self.engine.prompt_tokens, self.recipe.data.patches)
         return Ask(prompt, int(self.automaton.start_M[0]), np.ones(len(self.automaton.ids) + 2, bool), bound=False, **how)
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _check_room(self, ask: Ask) -> None:
-        needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min())
-        if ask.bound and not needed <= min(ask.limit, NEVER - 1):
-            raise ValueError(f"an answer takes at least {needed} tokens; this guard writes at most {ask.limit}")
+def _answered(case: Case | ValueError) -> Case | ValueError:
+    if isinstance(case, Case):
+        case.future.result()
+    return case
 
 
 def _opening(recipe: Recipe) -> str:
@@ -253,9 +274,3 @@ def _neutral(content: str | list[dict], tokenizer) -> str | list[dict]:
     if isinstance(content, str):
         return neutralise_special(content, tokenizer)
     return [part | {"text": neutralise_special(part["text"], tokenizer)} if part["type"] == "text" else part for part in content]
-
-
-def write_calibration(folder: Path, calibration: Calibration) -> None:
-    from pgjax.files import replace_file
-
-    replace_file(folder / CALIBRATION, json.dumps(calibration.to_json(), indent=2) + "\n")
