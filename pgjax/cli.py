@@ -238,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("--model", required=True, help="run folder, or Hugging Face checkpoint directory")
         sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
-        sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time")
+        sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time, on each device that shares the batch")
         sub.add_argument("--prompt-tokens", type=int, help="longest prompt, instead of the one that the model was trained with")
         sub.add_argument("--unbound", action="store_true", help="answers are not held to the format, to measure what that changes")
         sub.add_argument("--mode", choices=("think", "fast"), default="think", help="fast: without reasoning")

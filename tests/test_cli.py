@@ -7,7 +7,7 @@ import pytest
 
 from pgjax.cli import main, readable
 from pgjax.data.rows import conversation
-from pgjax.serving.guard import printable
+from pgjax.serving.verdict import printable
 
 
 @pytest.mark.parametrize(

@@ -83,13 +83,9 @@ def _obedience(found: Mapping[str, dict]) -> Iterator[Table]:
             for name, conditions in found.items()
             for condition, one in conditions.items()
         ]
-        note = (
-            "Percent of the n rows that a changed policy asks something of, whose answer follows it. permuted: the categories in another "
-        )
-        note += (
-            "order under other ids, renamed: called by synonyms, without descriptions; a category that was named is named again. hidden: "
-        )
-        note += "all that would be right is missing, foreign: harmless topics stand instead; what is called unsafe gets no listed id. "
+        note = "Percent of the n rows that a changed policy asks something of, whose answer follows it. permuted: categories in another "
+        note += "order under other ids, renamed: called by synonyms, without descriptions; what was named is named again. hidden: all that "
+        note += "would be right is missing, foreign: harmless topics stand instead; what is called unsafe gets no listed id. "
         note += "unsafe: of all unsafe rows of a known category, those called so before and after."
         yield Table("Policy", "Obedience to the policy", ("benchmark", "n", "obeyed", "unsafe before", "after"), rows, note)
 

@@ -93,8 +93,8 @@ class Counts:
 
 
 class Engine:
-    """`rows` answers at a time on all devices of the setup's mesh (rounded up to a multiple of those that share the batch); at most
-    `queue` requests wait. `steps` tokens between two looks at what has changed. `law` has the automaton and R."""
+    """`rows` answers at a time on each of the devices that share the batch; at most `queue` requests wait. `steps` tokens between two
+    looks at what has changed. `law` has the automaton and R."""
 
     def __init__(
         self, setup: Setup, weights: dict, law: Law, prompt_tokens: int, patches: int, rows: int = 8, queue: int = 64, steps: int = 8
@@ -102,7 +102,7 @@ class Engine:
         self.mesh, self.model, self.weights, self.law = setup.mesh, setup.model, weights, law
         self.prompt_tokens, self.patches, self.queue = prompt_tokens, patches, queue
         self.shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        self.rows = -(-rows // self.shards) * self.shards
+        self.rows = rows * self.shards
         self.counts = Counts()
         text, dtype = self.model.config.text, jnp.dtype(self.model.config.compute_dtype)
         make = lambda law: vacant(text, law, self.rows, prompt_tokens, self.shards, dtype)  # noqa: E731
@@ -125,7 +125,7 @@ class Engine:
     def submit(self, ask: Ask, wait: bool = False) -> "Future[list[Told]]":
         """The answers, when they come; cancelling the future frees their rows. Raises Full (with `wait`, waits instead) and Stopped."""
         if not 1 <= ask.samples <= self.rows // self.shards:
-            raise ValueError(f"{ask.samples} samples: this engine takes 1 to {self.rows // self.shards} of a prompt")
+            raise ValueError(f"{ask.samples} samples: this server takes 1 to {self.rows // self.shards} (--rows)")
         request = _Request(ask, Future(), time.monotonic())
         request.told = [None] * ask.samples
         with self._changed:

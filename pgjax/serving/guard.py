@@ -92,8 +92,8 @@ class Guard:
     ) -> "Guard":
         """The newest checkpoint of a run folder or the `best` (grpo.keep_best), or a Hugging Face checkpoint directory, on all devices.
 
-        `rows` answers at a time, `queue` requests may wait. `bound` off: nothing holds answers to the format. `prompt_tokens` stands
-        instead of the recipe's data.prompt_tokens; a model has not seen longer prompts in training.
+        `rows` answers at a time on each device that shares the batch, `queue` requests may wait. `bound` off: nothing holds answers to
+        the format. `prompt_tokens` stands instead of the recipe's data.prompt_tokens; a model has not seen longer prompts in training.
         """
         recipe, setup, params, tokenizer = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
         data = dataclasses.replace(recipe.data, prompt_tokens=prompt_tokens or recipe.data.prompt_tokens)
