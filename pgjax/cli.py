@@ -91,6 +91,36 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
             print(json.dumps(named | verdict) if args.json else readable(named | verdict), flush=True)
 
 
+def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.data.jsonl import read_jsonl
+
+    model = Path(args.model)
+    page = Path(args.report) if args.report else model / "calibration.html"
+    if args.max_fpr is not None and not 0 <= args.max_fpr < 1:
+        raise ValueError(f"--max-fpr {args.max_fpr:g} must be at least 0 and below 1: a share of the safe conversations")
+    if not page.parent.is_dir() or page.is_dir():
+        raise ValueError(f"the page cannot be written to {page}; give --report a file in a folder that is there")
+    lines, own = read_jsonl(args.jsonl), read_policy(args.policy)
+    start_jax(0)
+    from pgjax.data.rows import labelled
+    from pgjax.files import replace_file
+    from pgjax.serving import calibrate
+    from pgjax.serving.calibration import write_calibration
+    from pgjax.serving.guard import Guard, How
+    from pgjax.train.saved import fingerprint
+
+    weights = fingerprint(model, args.best)
+    with Guard.load(model, args.best, rows=args.rows, bound=not args.unbound, calibrated=False) as guard:
+        policy = guard.policy(args.categories, own)
+        examples = [labelled(line, policy.taxonomy, "eval") for line in lines]
+        how = How(args.mode, args.samples, categories=False)
+        made = calibrate.calibrate(guard, examples, policy, how, weights, args.max_fpr)
+        shown = calibrate.page(made, model.resolve().name, guard.recipe.not_a_guard)
+    replace_file(page, shown)
+    print(f"{calibrate.summary(made)}\ncalibration: {write_calibration(model, made.calibration)}\npage: {page}")
+
+
 def read_policy(file: str | None) -> str | None:
     if file is None:
         return None
@@ -105,7 +135,7 @@ def readable(verdict: dict) -> str:
     from pgjax.serving.verdict import printable
 
     lines = [f"--- {printable(str(verdict['id']), 80)}"] if "id" in verdict else []
-    why = {"failure": " (no answer is in format: the guard fails closed)", "score": f" (score, from {verdict['threshold']})"}
+    why = {"failure": " (no answer is in format: the guard fails closed)", "score": f" (score, from {verdict['threshold'] or 0:.3g})"}
     lines.append(f"verdict:  {'flagged' if verdict['flagged'] else 'passed'}{why.get(verdict['flagged_by'], '')}")
     for line in ("request", "response"):
         score = verdict["scores"][line]
@@ -216,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
 
     def guarding(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        """A command that judges."""
+        """A command that runs a guard."""
         sub = command(name, run, text)
         sub.add_argument("--model", required=True, help="run folder, or Hugging Face checkpoint directory")
         sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
@@ -224,18 +254,29 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--unbound", action="store_true", help="answers are not held to the format, to measure what that changes")
         sub.add_argument("--mode", choices=("think", "fast"), default="think", help="fast: without reasoning")
         sub.add_argument("--samples", type=int, default=1, help="answers to a conversation, drawn, that vote; 1: one greedy answer")
+        return sub
+
+    def listing(sub: argparse.ArgumentParser) -> None:
+        """One policy for all rows."""
+        sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
+        sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
+
+    def deciding(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--threshold", type=float, help="of the unsafe score; default the calibrated one, without one the labels decide")
         sub.add_argument("--fail-open", action="store_true", help="an answer that does not parse passes; default: it is flagged")
-        return sub
 
     sub = guarding("moderate", moderate, "verdicts on conversations: one from the flags, or those of a file")
     for flag, text in (("request", "user text"), ("response", "agent text"), ("image", "file")):
         sub.add_argument(f"--{flag}", help=text)
     sub.add_argument("--jsonl", help="conversations, one JSON object a line: request, response, image (a path beside the file), id")
     sub.add_argument("--out", help="folder for the verdicts of --jsonl and for its errors; goes on where it was killed")
-    sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
-    sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
+    listing(sub), deciding(sub)
     sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
+    sub = guarding("calibrate", calibrate, "make a guard's scores probabilities and choose its threshold, on labelled conversations")
+    sub.add_argument("--jsonl", required=True, help="conversations with request_label and response_label: rows as for training")
+    listing(sub)
+    sub.add_argument("--max-fpr", type=float, help="the lowest threshold that flags at most this share of safe ones; default: largest F1")
+    sub.add_argument("--report", help="where the page goes; default calibration.html beside the model")
     sub = command("score", score, "log-probabilities of given completions, token by token")
     sub.add_argument("--model", required=True, help="Hugging Face checkpoint directory, or run folder")
     sub.add_argument("--jsonl", required=True, help="rows {messages, completion, id}; an image part is a path beside the file")

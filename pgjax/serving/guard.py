@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from pgjax.conversation import neutralise_special
 from pgjax.data.arrays import Prompt, prompt_batch
 from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
-from pgjax.files import read_json
 from pgjax.generate.law import Law
-from pgjax.serving.calibration import Calibration
+from pgjax.serving.calibration import Calibration, read_calibration
 from pgjax.serving.engine import Ask, Engine, Told
 from pgjax.serving.scores import read as read_scores
 from pgjax.serving.scores import tails
@@ -33,7 +31,6 @@ from pgjax.train.materials import cache_dir, grid
 from pgjax.train.saved import is_checkpoint, open_checkpoint, open_run
 
 CATEGORIES, SUBCATEGORIES = 24, 4  # that a policy may have, at least: more ids make larger tables, and other programs
-CALIBRATION = "calibration.json"  # beside the model
 
 Mode = Literal["think", "fast"]
 
@@ -86,11 +83,13 @@ class Guard:
     bound: bool  # answers under the automaton
 
     @classmethod
-    def load(cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True) -> "Guard":
+    def load(cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True, calibrated: bool = True) -> "Guard":
         """The newest checkpoint of a run folder or the `best` (grpo.keep_best), or a Hugging Face checkpoint directory, on all devices.
 
-        `rows` answers at a time, `queue` requests may wait. `bound` off: nothing holds answers to the format.
+        `rows` answers at a time, `queue` requests may wait. `bound` off: nothing holds answers to the format. `calibrated` off: scores
+        as they come. ValueError for a calibration beside the model that belongs to another checkpoint.
         """
+        calibration = read_calibration(folder, best) if calibrated else None
         recipe, setup, params, tokenizer = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
         taxonomy = load_taxonomy(recipe.data.taxonomy)
         ids = _ids(taxonomy)
@@ -101,7 +100,6 @@ class Guard:
             law = Law(jax.numpy.asarray(never_sampled(tokenizer, vocab)), automaton, None, limit)
         T = recipe.data.prompt_tokens + len(_tokens(tokenizer, _opening(recipe)))
         engine = Engine(setup, weights, law, T, recipe.data.patches, rows, queue)
-        calibration = Calibration(**read_json(folder / CALIBRATION)) if (folder / CALIBRATION).exists() else None
         return cls(recipe, tokenizer, taxonomy, jax.tree.map(np.asarray, automaton), calibration, engine, bound)
 
     def close(self, drain: bool = False) -> None:
@@ -253,9 +251,3 @@ def _neutral(content: str | list[dict], tokenizer) -> str | list[dict]:
     if isinstance(content, str):
         return neutralise_special(content, tokenizer)
     return [part | {"text": neutralise_special(part["text"], tokenizer)} if part["type"] == "text" else part for part in content]
-
-
-def write_calibration(folder: Path, calibration: Calibration) -> None:
-    from pgjax.files import replace_file
-
-    replace_file(folder / CALIBRATION, json.dumps(calibration.to_json(), indent=2) + "\n")
