@@ -99,8 +99,6 @@ def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
     page = Path(args.report) if args.report else model / "calibration.html"
     if args.max_fpr is not None and not 0 <= args.max_fpr < 1:
         raise ValueError(f"--max-fpr {args.max_fpr:g} must be at least 0 and below 1: a share of the safe conversations")
-    if not page.parent.is_dir() or page.is_dir():
-        raise ValueError(f"the page cannot be written to {page}; give --report a file in a folder that is there")
     lines, own = read_jsonl(args.jsonl), read_policy(args.policy)
     start_jax(0)
     from pgjax.data.rows import labelled
@@ -111,6 +109,8 @@ def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.train.saved import fingerprint
 
     weights = fingerprint(model, args.best)
+    if not page.parent.is_dir() or page.is_dir():
+        raise ValueError(f"the page cannot be written to {page}; give --report a file in a folder that is there")
     with Guard.load(model, args.best, rows=args.rows, bound=not args.unbound, calibrated=False) as guard:
         policy = guard.policy(args.categories, own)
         examples = [labelled(line, policy.taxonomy, "eval") for line in lines]
@@ -270,7 +270,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument(f"--{flag}", help=text)
     sub.add_argument("--jsonl", help="conversations, one JSON object a line: request, response, image (a path beside the file), id")
     sub.add_argument("--out", help="folder for the verdicts of --jsonl and for its errors; goes on where it was killed")
-    listing(sub), deciding(sub)
+    listing(sub)
+    deciding(sub)
     sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
     sub = guarding("calibrate", calibrate, "make a guard's scores probabilities and choose its threshold, on labelled conversations")
     sub.add_argument("--jsonl", required=True, help="conversations with request_label and response_label: rows as for training")

@@ -1,7 +1,7 @@
 """`pgjax calibrate`: labelled conversations through the guard, the calibration of its scores, and a page that shows how good it is."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +75,7 @@ def reasons(left_out: Counter[str]) -> list[str]:
     return [f"left out {number} {printable(reason, 200)}" for reason, number in left_out.most_common()]
 
 
-def warnings(measured: dict) -> list[str]:
+def warnings(measured: Mapping[str, Mapping[str, float]]) -> list[str]:
     few = {label: measured["counts"][label] for label in ("safe", "unsafe") if measured["counts"][label] < FEW}
     return [f"only {number} {label} conversations: the figures are loose; label more" for label, number in few.items()]
 
@@ -112,15 +112,15 @@ def page(made: Calibrated, title: str, not_a_guard: bool) -> str:
         for key, name in MEASURES.items()
     )
     notes = [
-        "Before: scores as the guard gives them, threshold 0.5. Held out: each half of the groups under the map and the threshold that were "
-        "fitted on the other half; what is written beside the model is fitted on both.",
+        "Before: scores as the guard gives them, threshold 0.5. Held out: each half of the groups under the map and the threshold that "
+        "were fitted on the other half; what is written beside the model is fitted on both.",
         "On the diagonal a score is a probability: of the lines in a bin, that share is unsafe. Upright lines are 95% intervals, for lines "
         "that are independent; bars are lines in a bin.",
     ]
     not_these = "".join(f"<p>{other[0].upper()}{other[1:]}.</p>" for other in OTHERS)
     items = "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in facts(made).items())
     toy = ["A toy or demo model: not a guard."] * not_a_guard
-    head = "".join(f'<p class="warning">{text(warning)}</p><br>' for warning in [*toy, *warnings(measured)])
+    head = "".join(f'<div><p class="warning">{text(warning)}</p></div>' for warning in [*toy, *warnings(measured)])
     body = f"<h2>Measured</h2>{table_of('', 'before', 'held out', rows=rows)}<p>{notes[0]}</p>"
     body += "".join(f"<p>{text(reason)}.</p>" for reason in reasons(made.left_out))
     body += f'<h2>Reliability</h2><p>{notes[1]}</p><div class="grid">'

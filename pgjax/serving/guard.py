@@ -83,7 +83,9 @@ class Guard:
     bound: bool  # answers under the automaton
 
     @classmethod
-    def load(cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True, calibrated: bool = True) -> "Guard":
+    def load(
+        cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True, calibrated: bool = True
+    ) -> "Guard":
         """The newest checkpoint of a run folder or the `best` (grpo.keep_best), or a Hugging Face checkpoint directory, on all devices.
 
         `rows` answers at a time, `queue` requests may wait. `bound` off: nothing holds answers to the format. `calibrated` off: scores
