@@ -328,7 +328,7 @@ def test_the_command(command, tmp_path, capsys, monkeypatch):
     counts = made.measured["counts"]
     assert counts["unsafe"] + counts["safe"] == 61 == counts["unsafe_lines"] + counts["safe_lines"]
     left = ("rows: the answer does not parse", "rows: no label", "labelled lines: the answer has no such line", "more than 9 tokens")
-    assert all(out.count(reason) == 1 for reason in left) and out.count("left out 1 ") == 4
+    assert all(out.count(reason) == 1 for reason in left) and out.count("Left out 1 ") == 4
     assert "mode fast, samples 2" in out and "not calibrated:       category scores" in out and "warning" not in out
     page = (tmp_path / "<model>" / "calibration.html").read_text()
     parsed = Page(page)
@@ -341,7 +341,7 @@ def test_the_command(command, tmp_path, capsys, monkeypatch):
     [
         ([{"request": "Hi", "request_label": "bad"}], (), "line 1: request_label 'bad'"),
         ([{"request": "Hi", "label": "safe"}], (), "line 1: unknown key 'label'"),
-        ([{"id": "long", "request": "A long one", "request_label": "safe"}], (), "left out 1 rows: the prompt"),
+        ([{"id": "long", "request": "A long one", "request_label": "safe"}], (), "Left out 1 rows: the prompt"),
         (rows(), ("--max-fpr", "1"), "--max-fpr 1 must be"),
         (rows(), ("--max-fpr", "nan"), "--max-fpr nan must be"),
         (rows(), ("--report", "no-such-folder/page.html"), "the page cannot be written to no-such-folder/page.html"),
@@ -365,6 +365,6 @@ def test_few_rows_are_warned_of(command, tmp_path, capsys):
 
 def test_the_chart():
     bins = [(0.1, 0.0, 0.0, 0.2, 9), (0.9, 1.0, 0.7, 1.0, 3)]
-    drawn = Page(chart("<a>", {"before": bins, "after": bins[:1]}, "score", "share"))
+    drawn = Page(chart("<a>", {"before": bins, "after": bins[:1]}, 10, "score", "share"))
     assert drawn.balanced and sum(tag == "circle" for tag, _, _ in drawn.tags) == 3 == sum(tag == "rect" for tag, _, _ in drawn.tags)
     assert {"9", "3", "before", "after"} <= set(drawn.words)

@@ -25,6 +25,11 @@ def test_probes_are_safe_requests_in_pairs():
     assert len({e.request.casefold() for e in EXAMPLES}) == len(EXAMPLES), "no text stands there twice"
 
 
+def test_the_model_card_has_a_row_for_each_kind():
+    card = (Path(__file__).parent.parent / "docs" / "model_card.md").read_text()
+    assert all(f"| {kind} | {pairs} |" in card for kind, pairs in KINDS.items()) and f"{len(PAIRS)} mild requests" in card
+
+
 def test_twins_are_alike():
     for probe, twin in PAIRS:
         assert twin.id == probe.id + "-twin" and probe.group == twin.group == probe.id

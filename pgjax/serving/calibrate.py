@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgjax.data.schema import LABELS, UNSAFE, Example
-from pgjax.serving.calibration import Calibration, Judged, fit
+from pgjax.serving.calibration import BINS, Calibration, Judged, fit
 from pgjax.serving.calibration import reliability as bins
 from pgjax.serving.guard import Guard, How, Policy
 from pgjax.serving.verdict import printable
@@ -67,12 +67,12 @@ def calibrate(guard: Guard, examples: Sequence[Example], policy: Policy, how: Ho
     try:
         (temperature, bias, threshold), measured, held_P2 = fit(judged, max_fpr)
     except ValueError as error:
-        raise ValueError("; ".join([str(error), *reasons(left_out)])) from error
+        raise ValueError(". ".join([str(error), *reasons(left_out)])) from error
     return Calibrated(Calibration(temperature, bias, threshold, how.mode, how.samples, model, measured), judged, held_P2, left_out, max_fpr)
 
 
 def reasons(left_out: Counter[str]) -> list[str]:
-    return [f"left out {number} {printable(reason, 200)}" for reason, number in left_out.most_common()]
+    return [f"Left out {number} {printable(reason, 200)}" for reason, number in left_out.most_common()]
 
 
 def warnings(measured: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -124,6 +124,6 @@ def page(made: Calibrated, title: str, not_a_guard: bool) -> str:
     body = f"<h2>Measured</h2>{table_of('', 'before', 'held out', rows=rows)}<p>{notes[0]}</p>"
     body += "".join(f"<p>{text(reason)}.</p>" for reason in reasons(made.left_out))
     body += f'<h2>Reliability</h2><p>{notes[1]}</p><div class="grid">'
-    body += reliability("Lines, by score", series, "score", "share of unsafe lines") + "</div>"
+    body += reliability("Lines, by score", series, BINS, "score", "share of unsafe lines") + "</div>"
     header = f"<h1>Calibration of {text(title, 200)}</h1>{head}<dl>{items}</dl>"
     return PAGE.format(title=text(title), style=STYLE, header=header, nav="", body=f"{body}<h2>Not calibrated</h2>{not_these}")
