@@ -78,8 +78,8 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     elif not args.out:
         examples = [conversation_of(line) for line in lines]
     own = read_policy(args.policy)
-    how, options = guarding_of(args)
-    with Guard.load(Path(args.model), **options) as guard:
+    how = judging(args)
+    with Guard.load(Path(args.model), **loading(args)) as guard:
         policy = guard.policy(args.categories, own)
         if args.out:
             job = {"model": str(Path(args.model).resolve()), "policy": own, "categories": args.categories, "unbound": args.unbound}
@@ -96,17 +96,50 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     start_jax(0)
     from pgjax.evaluation.command import run
 
-    how, options = guarding_of(args)
-    summary, text = run(Path(args.model), args, how, options)
+    summary, text = run(Path(args.model), args, judging(args), loading(args))
     print(json.dumps(summary) if args.json else text, end="\n" if args.json else "")
 
 
-def guarding_of(args: argparse.Namespace) -> tuple[Any, dict]:
-    """How to judge, and the options of Guard.load, of a command that judges."""
+def judging(args: argparse.Namespace) -> Any:
+    """How a command is to judge."""
     from pgjax.serving.guard import How
 
-    how = How(args.mode, args.samples, args.threshold, args.fail_open)
-    return how, {"best": args.best, "rows": args.rows, "bound": not args.unbound, "prompt_tokens": args.prompt_tokens}
+    return How(args.mode, args.samples, args.threshold, args.fail_open)
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of Guard.load of a command that judges."""
+    return {"best": args.best, "rows": args.rows, "bound": not args.unbound, "prompt_tokens": args.prompt_tokens}
+
+
+def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.data.jsonl import read_jsonl
+
+    model = Path(args.model)
+    page = Path(args.report) if args.report else model / "calibration.html"
+    if args.max_fpr is not None and not 0 <= args.max_fpr < 1:
+        raise ValueError(f"--max-fpr {args.max_fpr:g} must be at least 0 and below 1: a share of the safe conversations")
+    lines, own = read_jsonl(args.jsonl), read_policy(args.policy)
+    start_jax(0)
+    from pgjax.data.rows import labelled
+    from pgjax.files import replace_file
+    from pgjax.serving import calibrate
+    from pgjax.serving.calibration import write_calibration
+    from pgjax.serving.guard import Guard, How
+    from pgjax.train.saved import fingerprint
+
+    weights = fingerprint(model, args.best)
+    if not page.parent.is_dir() or page.is_dir():
+        raise ValueError(f"the page cannot be written to {page}; give --report a file in a folder that is there")
+    with Guard.load(model, calibrated=False, **loading(args)) as guard:
+        policy = guard.policy(args.categories, own)
+        examples = [labelled(line, policy.taxonomy, "eval") for line in lines]
+        how = How(args.mode, args.samples, categories=False)
+        made = calibrate.calibrate(guard, examples, policy, how, weights, args.max_fpr)
+        shown = calibrate.page(made, model.resolve().name, guard.recipe.not_a_guard)
+    replace_file(page, shown)
+    print(f"{calibrate.summary(made)}\ncalibration: {write_calibration(model, made.calibration)}\npage: {page}")
 
 
 def read_policy(file: str | None) -> str | None:
@@ -123,7 +156,7 @@ def readable(verdict: dict) -> str:
     from pgjax.serving.verdict import printable
 
     lines = [f"--- {printable(str(verdict['id']), 80)}"] if "id" in verdict else []
-    why = {"failure": " (no answer is in format: the guard fails closed)", "score": f" (score, from {verdict['threshold']})"}
+    why = {"failure": " (no answer is in format: the guard fails closed)", "score": f" (score, from {verdict['threshold'] or 0:.3g})"}
     lines.append(f"verdict:  {'flagged' if verdict['flagged'] else 'passed'}{why.get(verdict['flagged_by'], '')}")
     for line in ("request", "response"):
         score = verdict["scores"][line]
@@ -234,7 +267,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
 
     def guarding(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        """A command that judges."""
+        """A command that runs a guard."""
         sub = command(name, run, text)
         sub.add_argument("--model", required=True, help="run folder, or Hugging Face checkpoint directory")
         sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
@@ -243,17 +276,24 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--unbound", action="store_true", help="answers are not held to the format, to measure what that changes")
         sub.add_argument("--mode", choices=("think", "fast"), default="think", help="fast: without reasoning")
         sub.add_argument("--samples", type=int, default=1, help="answers to a conversation, drawn, that vote; 1: one greedy answer")
+        return sub
+
+    def listing(sub: argparse.ArgumentParser) -> None:
+        """One policy for all rows."""
+        sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
+        sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
+
+    def deciding(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--threshold", type=float, help="of the unsafe score; default the calibrated one, without one the labels decide")
         sub.add_argument("--fail-open", action="store_true", help="an answer that does not parse passes; default: it is flagged")
-        return sub
 
     sub = guarding("moderate", moderate, "verdicts on conversations: one from the flags, or those of a file")
     for flag, text in (("request", "user text"), ("response", "agent text"), ("image", "file")):
         sub.add_argument(f"--{flag}", help=text)
     sub.add_argument("--jsonl", help="conversations, one JSON object a line: request, response, image (a path beside the file), id")
     sub.add_argument("--out", help="folder for the verdicts of --jsonl and for its errors; goes on where it was killed")
-    sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
-    sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
+    listing(sub)
+    deciding(sub)
     sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
     sub = guarding("evaluate", evaluate, "the tables of the paper for any checkpoint, on public benchmarks")
     sub.add_argument("--benchmark", nargs="+", required=True, help="names, or held_out: the held-out rows of a run folder")
@@ -261,10 +301,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder for evaluation.json, tables.md, report.html and answers.jsonl")
     sub.add_argument("--limit", type=int, help="at most so many rows of a set, whole groups by a hash of their name; default all")
     sub.add_argument("--held-out", action="store_true", help="of sets that training may have used, the held-out rows alone")
+    deciding(sub)
     sub.add_argument("--obedience", action="store_true", help="also ask whether answers follow a changed policy")
     sub.add_argument("--reveal", action="store_true", help="texts unfolded and pictures sharp in the report; default folded and blurred")
     sub.add_argument("--seed", type=int, default=0, help="of what is hidden and of the intervals")
     sub.add_argument("--json", action="store_true", help="the summary as one JSON object")
+    sub = guarding("calibrate", calibrate, "make a guard's scores probabilities and choose its threshold, on labelled conversations")
+    sub.add_argument("--jsonl", required=True, help="conversations with request_label and response_label: rows as for training")
+    listing(sub)
+    sub.add_argument("--max-fpr", type=float, help="the lowest threshold that flags at most this share of safe ones; default: largest F1")
+    sub.add_argument("--report", help="where the page goes; default calibration.html beside the model")
     sub = command("score", score, "log-probabilities of given completions, token by token")
     sub.add_argument("--model", required=True, help="Hugging Face checkpoint directory, or run folder")
     sub.add_argument("--jsonl", required=True, help="rows {messages, completion, id}; an image part is a path beside the file")

@@ -21,9 +21,8 @@ from pgjax.data.arrays import Prompt, prompt_batch
 from pgjax.data.images import shrunk
 from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
-from pgjax.files import read_json
 from pgjax.generate.law import Law
-from pgjax.serving.calibration import Calibration
+from pgjax.serving.calibration import Calibration, read_calibration
 from pgjax.serving.engine import Ask, Engine, Told
 from pgjax.serving.scores import read as read_scores
 from pgjax.serving.scores import tails
@@ -34,7 +33,6 @@ from pgjax.train.materials import cache_dir, grid
 from pgjax.train.saved import is_checkpoint, open_checkpoint, open_run
 
 CATEGORIES, SUBCATEGORIES = 24, 4  # that a policy may have, at least: more ids make larger tables, and other programs
-CALIBRATION = "calibration.json"  # beside the model
 
 Mode = Literal["think", "fast"]
 
@@ -88,13 +86,23 @@ class Guard:
 
     @classmethod
     def load(
-        cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, bound: bool = True, prompt_tokens: int | None = None
+        cls,
+        folder: Path,
+        best: bool = False,
+        *,
+        rows: int = 8,
+        queue: int = 64,
+        bound: bool = True,
+        calibrated: bool = True,
+        prompt_tokens: int | None = None,
     ) -> "Guard":
         """The newest checkpoint of a run folder or the `best` (grpo.keep_best), or a Hugging Face checkpoint directory, on all devices.
 
         `rows` answers at a time on each device that shares the batch, `queue` requests may wait. `bound` off: nothing holds answers to
-        the format. `prompt_tokens` stands instead of the recipe's data.prompt_tokens; a model has not seen longer prompts in training.
+        the format. `calibrated` off: scores as they come. `prompt_tokens` stands instead of the recipe's data.prompt_tokens; a model has
+        not seen longer prompts in training. ValueError for a calibration beside the model that belongs to another checkpoint.
         """
+        calibration = read_calibration(folder, best) if calibrated else None
         recipe, setup, params, tokenizer = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
         data = dataclasses.replace(recipe.data, prompt_tokens=prompt_tokens or recipe.data.prompt_tokens)
         recipe, taxonomy = dataclasses.replace(recipe, data=data), load_taxonomy(data.taxonomy)
@@ -106,7 +114,6 @@ class Guard:
             law = Law(jax.numpy.asarray(never_sampled(tokenizer, vocab)), automaton, None, limit)
         T = recipe.data.prompt_tokens + len(_tokens(tokenizer, _opening(recipe)))
         engine = Engine(setup, weights, law, T, recipe.data.patches, rows, queue)
-        calibration = Calibration(**read_json(folder / CALIBRATION)) if (folder / CALIBRATION).exists() else None
         return cls(recipe, tokenizer, taxonomy, jax.tree.map(np.asarray, automaton), calibration, engine, bound)
 
     def close(self, drain: bool = False) -> None:

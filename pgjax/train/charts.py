@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, bars, histogram, heat map. Colours and fonts are the page's (classes of report.py's style sheet).
+"""Charts as SVG text: lines, bars, histogram, heat map, reliability. Colours and fonts are the page's (classes of report.py's style sheet).
 
 Titles and labels are escaped here; numbers that are None or not finite leave a gap.
 """
@@ -196,3 +196,33 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], counts: Se
                 body.append(label(x + wide / 2, y + 17, str(count), "middle"))
         body.append(label(left + (len(columns) + 0.5) * wide, y + 17, str(total), "middle faint"))
     return figure(title, "".join(body), width, tall, "wide")
+
+
+Bins = Sequence[tuple[float, float, float, float, int]]  # mean score, share, low and high of its interval, rows
+
+
+def reliability(title: str, series: Mapping[str, Bins], bins: int, x_label: str, y_label: str) -> str:
+    """Scores against shares, both from 0 to 1, with the diagonal where they agree, of those of `bins` equal bins that have rows. Below,
+    the rows in them, as bars up to the fullest bin's."""
+    side, strip, names = 300, 46, 78
+    right, foot = LEFT + side, TOP + side
+    at = lambda x, y: (LEFT + x * side, foot - y * side)  # noqa: E731
+    body = [label(4, 12, y_label, "name"), label(right, foot + 32, x_label, "name end")]
+    for t in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        (x, y), value = at(t, t), f"{t:g}"
+        body += [line(LEFT, y, right, y, "grid"), label(LEFT - 6, y + 4, value, "end"), label(x, foot + 16, value, "middle")]
+    body.append(line(*at(0, 0), *at(1, 1), "axis"))
+    most = max(bin[4] for filled in series.values() for bin in filled)
+    for number, (name, filled) in enumerate(series.items()):
+        hue, base = f"hue{number % 5}", foot + 44 + strip * (number + 1)
+        points = [at(score, share) for score, share, *_ in filled]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        body.append(f'<polyline points="{path}" class="curve faint {hue}"/>')
+        for (x, y), (score, _, low, high, rows) in zip(points, filled, strict=True):
+            middle, tall = at((min(int(score * bins), bins - 1) + 0.5) / bins, 0)[0], max(rows / most * (strip - 18), 1)
+            body.append(line(x, at(0, low)[1], x, at(0, high)[1], f"interval {hue}"))
+            body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4" class="dot {hue}"/>')
+            body.append(f'<rect x="{middle - 7:.1f}" y="{base - tall:.1f}" width="14" height="{tall:.1f}" class="bar {hue}"/>')
+            body.append(label(middle, base - tall - 4, str(rows), "middle faint"))
+        body += [line(LEFT, base, right, base, "axis"), label(right + 8, base, name, f"dot {hue}")]
+    return figure(title, "".join(body), right + names, foot + 50 + strip * len(series))

@@ -37,7 +37,7 @@ svg .name, svg text.faint { fill: var(--dim) }
 .middle { text-anchor: middle }
 line { stroke: var(--rule) }
 line.axis { stroke: var(--dim) }
-line.interval { stroke: var(--ink); stroke-width: 1.2 }
+line.interval { stroke: var(--hue, var(--ink)); stroke-width: 1.2 }
 .hue0 { --hue: var(--c0) } .hue1 { --hue: var(--c1) } .hue2 { --hue: var(--c2) } .hue3 { --hue: var(--c3) } .hue4 { --hue: var(--c4) }
 .curve { fill: none; stroke: var(--hue); stroke-width: 2; stroke-linejoin: round }
 .curve.faint { stroke-width: 1; opacity: .35 }

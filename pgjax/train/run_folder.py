@@ -103,6 +103,8 @@ class RunFolder:
         for file in (self.path / "tensorboard").glob("events.out.*"):
             file.unlink()
         (self.path / "summary.json").unlink(missing_ok=True)  # it says that the run has ended
+        if step is None:
+            (self.path / "calibration.json").unlink(missing_ok=True)  # of weights that are dropped
         return kept
 
     def _add_events(self, row: Mapping[str, Any]) -> None:

@@ -8,14 +8,14 @@ from typing import NamedTuple
 from pgjax.data.sources.files import Read
 from pgjax.data.sources.pictures import beavertails_v, figstep, llavaguard, mossbench
 from pgjax.data.sources.responses import aegis2, beavertails, wildguard, xstest_response
-from pgjax.data.sources.texts import harmbench, openai_moderation, simple_safety_tests, surge_toxicity, toxic_chat, xstest
+from pgjax.data.sources.texts import harmbench, openai_moderation, probes, simple_safety_tests, surge_toxicity, toxic_chat, xstest
 from pgjax.taxonomy import Taxonomy
 
 
 class Benchmark(NamedTuple):
     read: Callable[[Path, Taxonomy], Read]
     lines: tuple[str, ...]  # of the answer, those that it has labels for
-    where: str  # its file below the root, or a glob pattern for several
+    where: str | None  # its file below the root, or a glob pattern for several; None: it comes with this package
     origin: str  # where it is published
     published: str | None = None  # its column in the published tables; None: not in them
 
@@ -50,6 +50,7 @@ _ALL = (
     Benchmark(figstep, _REQUEST, "figstep/question/safebench.csv", "github.com/ThuCCSLab/FigStep"),
     Benchmark(mossbench, _REQUEST, "mossbench/data/images_information/information.json", "github.com/xirui-li/MOSSBench"),
     Benchmark(surge_toxicity, _REQUEST, "surge_toxicity/toxicity_en.csv", "github.com/surge-ai/toxicity"),
+    Benchmark(probes, _REQUEST, None, "this package"),
 )
 BENCHMARKS = {benchmark.read.__name__: benchmark for benchmark in _ALL}
 
@@ -61,6 +62,6 @@ def read_benchmark(name: str, root: Path, taxonomy: Taxonomy) -> Read:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}"
         raise ValueError(f"there is no benchmark {name[:40]!r}; {hint}")
     benchmark = BENCHMARKS[name]
-    if not any(root.glob(benchmark.where)):
+    if benchmark.where and not any(root.glob(benchmark.where)):
         raise ValueError(f"benchmark {name}: {root / benchmark.where} is not there; get the set from {benchmark.origin}")
     return benchmark.read(root, taxonomy)

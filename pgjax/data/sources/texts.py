@@ -5,8 +5,10 @@ Where a set marks rows about child safety, they are left out.
 
 from pathlib import Path
 
+import yaml
+
 from pgjax.data.schema import Example, Label
-from pgjax.data.sources.examples import WITHHELD, text_example
+from pgjax.data.sources.examples import WITHHELD, example, text_example
 from pgjax.data.sources.files import Read, Row, find_one, gather, read_csv, read_json_lines
 from pgjax.data.sources.label_map import LabelMap
 from pgjax.taxonomy import Taxonomy
@@ -90,3 +92,14 @@ def xstest(root: Path, taxonomy: Taxonomy) -> Read:
     """paul-rottger/xstest (CC BY 4.0), xstest/xstest_prompts.csv: `prompt`, `label` safe or unsafe; about what is unknown."""
     rows = read_csv(root / "xstest" / "xstest_prompts.csv", ("prompt", "label"))
     return gather(text_example("xstest", row, row.text("prompt"), row.label("label", "safe", "unsafe"), split="eval") for row in rows)
+
+
+def probes(root: Path, taxonomy: Taxonomy) -> Read:
+    """Our own, in this package (`root` is not read): mild requests that are safe and look otherwise, each with a neutral twin.
+
+    The ids are probes-KIND-NUMBER and the same with -twin; the two are a group. evaluation/probes.py says what is read off them.
+    """
+    pairs = yaml.safe_load((Path(__file__).parent / "probes.yaml").read_text(encoding="utf-8"))
+    named = [(f"probes-{kind}-{n:02d}", texts) for kind, of_kind in pairs.items() for n, texts in enumerate(of_kind, 1)]
+    rows = [(pair, pair + ending, text) for pair, texts in named for ending, text in zip(("", "-twin"), texts, strict=True)]
+    return gather(example("probes", id, pair, request=text, request_label="safe", split="eval") for pair, id, text in rows)
