@@ -145,8 +145,12 @@ def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
 def read_policy(file: str | None) -> str | None:
     if file is None:
         return None
+    from pgjax.taxonomy import parse_taxonomy
+
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
+        text = Path(file).read_text(encoding="utf-8-sig")
+        parse_taxonomy(text, file, brief=True)  # complains before a model is loaded
+        return text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--policy {file} cannot be read as UTF-8 text: {getattr(error, 'strerror', None) or error}") from error
 

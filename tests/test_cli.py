@@ -50,10 +50,13 @@ def test_what_a_guard_writes_is_one_bounded_printable_line():
 
 def test_a_verdict_for_people():
     verdict = dict(request="unsafe", response=None, category_id=None, category_name="glow theft", in_policy=False)
-    verdict |= dict(reasoning="why", parsed=True, not_a_guard=True, scores={"request": 0.875, "response": None})
+    verdict |= dict(reasoning="why", parsed=True, not_a_guard=True, scores={"request": 0.875, "response": None}, calibrated=False)
+    verdict |= dict(flagged=True, flagged_by="score", threshold=0.5)
     text = readable(verdict)
     assert "glow theft" in text and "not in the policy" in text and "not a guard" in text and "response" not in text
-    assert "request:  unsafe  (unsafe: 0.88" in text and not text.startswith("---")
+    assert "request:  unsafe  (unsafe: 0.88, not calibrated" in text and text.startswith("verdict:  flagged (score, from 0.5)")
     assert readable(verdict | {"id": "row\n7"}).startswith("--- row 7\n")
-    nothing = dict(request=None, response=None, category_name=None, parsed=False, scores={"request": None, "response": None})
-    assert "no verdict" in readable(verdict | nothing) and "because" not in readable(verdict | nothing)
+    nothing = dict(request=None, response=None, category_name=None, reasoning="", parsed=False, scores={"request": None, "response": None})
+    closed = readable(verdict | nothing | {"flagged_by": "failure"})
+    assert "flagged (no answer is in format: the guard fails closed)" in closed and "because" not in closed
+    assert readable(verdict | nothing | {"flagged": False, "flagged_by": None}).startswith("verdict:  passed\n")

@@ -241,7 +241,7 @@ def test_what_is_no_policy_is_refused(guard, own, says):
     ("example", "categories", "says"),
     [
         (conversation("clean the vault " * 200, None, None, "row 7"), SHOWN, "row 7: with this policy the prompt has more than the 152"),
-        (conversation(None, None, b"not a picture", "row 9"), SHOWN, "row 9: not an image"),
+        (conversation(None, None, b"not a picture", "row 9"), SHOWN, "row 9: image: not an image"),
         (conversation("Hello.", None, None), (), "list fewer categories"),
         (conversation("Hello.", None, None), ("C77",), "C77"),
         (conversation("Hello.", None, None), ("C11S1",), "no category is left"),

@@ -168,7 +168,7 @@ class Guard:
             share = data.patches // max(len(example.images), 1)
             images = tuple(shrunk(image, self.recipe.model.vision, share) for image in example.images)
         except ValueError as error:
-            raise ValueError(f"{example.id}: {error}") from error
+            raise ValueError(f"{example.id}: image: {error}") from error
         example = dataclasses.replace(example, images=images)
         if reason := policy.renderer.unfit(example, view):
             raise ValueError(f"{example.id}: {reasons[reason]}")
