@@ -307,6 +307,13 @@ def run(automaton: Automaton, tokens_BR: jax.Array, length_B: jax.Array, modalit
     return state_B
 
 
+def walk(tables: Automaton, state: int, tokens: Iterable[int]) -> int:
+    """The state after all these tokens, on the host: `tables` is the automaton as numpy."""
+    for token in tokens:
+        state = int(tables.next_state_AC[state, tables.token_class_V[token]])
+    return state
+
+
 def verdict(automaton: Automaton, state: jax.Array) -> Verdict:
     """What an answer that ends in `state` says. Any shape."""
     a = automaton

@@ -435,7 +435,6 @@ DAMAGED = [  # what is done to the run folder, the command, and what its one lin
 @pytest.mark.parametrize(("damage", "command", "says"), [pytest.param(c[1], c[2], c[3:], id=c[0]) for c in DAMAGED])
 def test_runs_that_do_not_fit(damage, command, says, folder, trained, capsys):
     shutil.copytree(trained, folder, dirs_exist_ok=True)
-    (folder / "wide.png").write_bytes(png(900, 900))
     (folder / "thin.png").write_bytes(png(2010, 10))
     if damage:
         damage()

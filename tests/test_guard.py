@@ -5,6 +5,7 @@ import functools
 import io
 import json
 from concurrent.futures import Future
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy.special import expit
 from tiny_qwen import QUICK
-from tiny_recipe import host_params, materials, tiny_recipe
+from tiny_run import make_run
 
 from pgjax.cli import main
 from pgjax.data.images import image_grid, load_image, shrunk, slot_count
@@ -23,16 +24,11 @@ from pgjax.data.toy import draw
 from pgjax.generate.labels import answer_scorer, label_prefixes
 from pgjax.generate.law import Law
 from pgjax.generate.score import answer_rows
-from pgjax.parallel.mesh import make_mesh
 from pgjax.serving.guard import Guard, How
 from pgjax.serving.verdict import free_name
-from pgjax.tokenizer import never_sampled, token_bytes
-from pgjax.train.checkpoints import Checkpoints
+from pgjax.tokenizer import never_sampled
 from pgjax.train.compilations import Compilations
-from pgjax.train.run_folder import RunFolder
 from pgjax.train.saved import open_run
-from pgjax.train.setup import make_setup
-from pgjax.train.update import make_optimizer
 
 SHOWN = ("C1S1", "C8S1")
 KEYS = (
@@ -52,39 +48,18 @@ POLICY = """
 """
 
 
-def ascii_params() -> dict:
-    """Random weights that write ASCII: text that is no UTF-8 does not come back as the same tokens, and has no scores."""
-    plain = np.zeros((tiny_recipe().model.text.vocab, 1), bool)
-    for k, data in enumerate(token_bytes(materials().tokenizer)):
-        plain[k] = data is not None and data.isascii()
-    return jax.tree_util.tree_map_with_path(lambda path, x: x * plain if "embed_tokens" in jax.tree_util.keystr(path) else x, host_params())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder as training leaves it, around random weights."""
-    path = tmp_path_factory.mktemp("runs") / "tiny"
-    recipe = dataclasses.replace(tiny_recipe(), devices=0)  # the process has its devices already
-    RunFolder(path, recipe).close()
-    materials().tokenizer.save_pretrained(path / "tokenizer")
-    setup, config = make_setup(recipe.model, make_mesh(recipe.mesh)), recipe.grpo
-    optimizer = make_optimizer(config.optimizer, config.steps * (config.prompts // config.mini_prompts))
-    state = setup.state(jax.device_put(ascii_params(), setup.training), optimizer)
-    checkpoints = Checkpoints(path / "checkpoints", 1)
-    checkpoints.save(0, state)
-    checkpoints.close()
-    jit = jax.jit
-    jax.jit = functools.partial(jit, compiler_options=QUICK)
-    try:
-        yield path
-    finally:
-        jax.jit = jit
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture(scope="module")
 def guard(run):
-    with Guard.load(run, rows=4) as guard:
-        yield guard
+    """On all eight devices."""
+    with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
+        guard = Guard.load(run, rows=4)
+    yield guard
+    guard.close()
 
 
 def picture(side: int = 84, badge: str = "unsafe") -> bytes:

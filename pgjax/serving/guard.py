@@ -175,8 +175,7 @@ class Guard:
         prompt = policy.renderer.prompt(example, view, opening, self.engine.prompt_tokens)
         node_of_id_K = node_of_id(view, self.automaton.ids)
         start = int(self.automaton.start_M[MODALITIES.index(example.modality)])
-        for token in _tokens(self.tokenizer, opening):
-            start = int(self.automaton.next_state_AC[start, self.automaton.token_class_V[token]])
+        start = answers.walk(self.automaton, start, _tokens(self.tokenizer, opening))
         ids = [id for id, _ in view.entries if id in view.answerable] if how.categories else []
         has_response = example.modality != "image"
         ask = Ask(
