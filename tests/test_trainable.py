@@ -205,5 +205,6 @@ def test_a_run_of_adapters_goes_on_where_it_stopped_and_is_loaded_whole(tmp_path
     equal(found, open_run(broken).params)
     adapters = split(found, made.model)[0]
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapters))
-    equal(guard.Guard.load(path).weights, found)
+    with guard.Guard.load(path) as loaded:
+        equal(loaded.engine.weights, found)
     equal(base(found), place.init(made.seed))  # bit for bit what the run began with, tower and all

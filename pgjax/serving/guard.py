@@ -149,14 +149,9 @@ class Guard:
 
     # --- conversations ---------------------------------------------------------------------------------------------------------------
 
-    def ask(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None) -> tuple[Ask, np.ndarray]:
-        """What the engine is asked, and which node each id stands for. `view` is what the prompt shows; None is the whole policy.
-        Pictures that take more patches than the model's share for each are made smaller.
-
-        ValueError for a conversation that cannot be shown whole.
-        """
-        view = view or policy.view(example.modality)
-        opening = self.opening(how.mode)
+    def fitted(self, example: Example, policy: Policy, view: PolicyView) -> Example:
+        """The example as the prompt can show it: pictures that take more patches than the model's share for each are made smaller.
+        ValueError where it cannot be shown whole."""
         data = self.recipe.data
         reasons = {
             "prompt": f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model; "
@@ -172,6 +167,13 @@ class Guard:
         example = dataclasses.replace(example, images=images)
         if reason := policy.renderer.unfit(example, view):
             raise ValueError(f"{example.id}: {reasons[reason]}")
+        return example
+
+    def ask(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None) -> tuple[Ask, np.ndarray]:
+        """What the engine is asked, and which node each id stands for. `view` is what the prompt shows; None is the whole policy.
+        ValueError as `fitted`, and where the shortest answer is too long for this guard."""
+        view = view or policy.view(example.modality)
+        opening, example = self.opening(how.mode), self.fitted(example, policy, view)
         prompt = policy.renderer.prompt(example, view, opening, self.engine.prompt_tokens)
         node_of_id_K = node_of_id(view, self.automaton.ids)
         start = int(self.automaton.start_M[MODALITIES.index(example.modality)])
@@ -228,8 +230,9 @@ class Guard:
         return said | {"mode": how.mode, "samples": how.samples, "not_a_guard": self.recipe.not_a_guard}
 
     def verdicts(self, examples: Sequence[Example], policy: Policy, how: How = How()) -> Iterator[dict]:
-        """A verdict for each conversation, in order, as they come. Raises ValueError for the first that cannot be shown whole."""
-        for case in self.judge(((example, None) for example in examples), policy, how):
+        """A verdict for each conversation, in order, as they come. ValueError as `fitted`, before any is answered."""
+        fitted = [(self.fitted(example, policy, view), view) for example in examples for view in [policy.view(example.modality)]]
+        for case in self.judge(fitted, policy, how):
             if isinstance(case, ValueError):
                 raise case
             yield self.verdict(case)
