@@ -9,13 +9,14 @@ from typing import Any
 
 from pgjax.bank import PUBLISHED_MAX, PUBLISHED_MEAN
 from pgjax.data.build import read_dataset
-from pgjax.data.schema import Example
+from pgjax.data.schema import UNSAFE, Example
 from pgjax.data.sources.benchmarks import BENCHMARKS, read_benchmark
 from pgjax.data.sources.files import Read, data_root, order_of
 from pgjax.evaluation import tables
 from pgjax.evaluation.evaluate import Answered
 from pgjax.evaluation.obedience import CONDITIONS, obedience
 from pgjax.evaluation.passes import Judges, evaluate_set
+from pgjax.evaluation.probes import probe_gaps
 from pgjax.evaluation.samples import sample_rows
 from pgjax.evaluation.summary import summary
 from pgjax.files import replace_file
@@ -26,7 +27,7 @@ from pgjax.train.materials import make_banks
 from pgjax.train.progress import Progress
 from pgjax.train.report import ROWS, thumbnail, wrong_and_right
 
-HELD_OUT = "held_out"  # the benchmark that a run folder brings along
+HELD_OUT, PROBES = "held_out", "probes"  # the benchmark that a run folder brings along, and ours that comes with the package
 
 
 def run(folder: Path, args: argparse.Namespace, how: How, options: dict[str, Any]) -> tuple[dict, str]:
@@ -55,6 +56,8 @@ def run(folder: Path, args: argparse.Namespace, how: How, options: dict[str, Any
                     print(f"pgjax: left out: {error}", file=sys.stderr)
                     continue
                 evaluated.append(one)
+                if name == PROBES:
+                    found["probes"] = probe_gaps(flagged(answered), seed=args.seed)
                 kept += samples(guard, name, answered)
                 if args.obedience and (obeyed := obedience(guard, read.examples, how, args.seed, seen)):
                     found["obedience"][name] = obeyed
@@ -79,6 +82,13 @@ def expected(examples: list[Example], obeying: bool) -> int:
     return len(examples) + sum(e.category == "node" for e in examples) * (1 + obeying * (1 + len(CONDITIONS)))
 
 
+def flagged(answered: Answered) -> dict[str, bool]:
+    """By example id, whether the answer calls anything unsafe; one that does not parse does, as a guard fails closed."""
+    said = answered.verdict
+    unsafe_P = ~said.parsed | (said.request == UNSAFE) | (said.response == UNSAFE)
+    return {example.id: bool(unsafe) for (example, _), unsafe in zip(answered.batch.rows, unsafe_P, strict=True)}
+
+
 def read_set(guard: Guard, folder: Path, name: str, args: argparse.Namespace) -> tuple[Read, tuple[str, ...]]:
     """Rows of a benchmark, and the lines that it labels."""
     if name == HELD_OUT:
@@ -86,7 +96,9 @@ def read_set(guard: Guard, folder: Path, name: str, args: argparse.Namespace) ->
             raise ValueError(f"benchmark {HELD_OUT}: {folder} has no data/; only a run folder brings held-out rows")
         read, lines = Read(list(read_dataset(folder / "data", "eval")), Counter()), ("request", "response")
     else:
-        read, lines = read_benchmark(name, data_root(args.data), guard.taxonomy), BENCHMARKS[name].lines
+        root = data_root(args.data) if name in BENCHMARKS and BENCHMARKS[name].where else Path()
+        read = read_benchmark(name, root, guard.taxonomy)
+        lines = BENCHMARKS[name].lines
         if args.held_out:
             read = read._replace(examples=[example for example in read.examples if example.split == "eval"])
     if args.limit is None or args.limit >= len(read.examples):

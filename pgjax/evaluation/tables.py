@@ -72,6 +72,7 @@ def tables(summary: dict, guard: str) -> Iterator[Table]:
         yield from _beside("Categories", "Category accuracy", "category", {guard: {name: one["accuracy"] for name, one in listed.items()}})
     yield from _ood(benchmarks, guard)
     yield from _obedience(summary.get("obedience", {}))
+    yield from _probes(summary.get("probes", {}))
     used = [(name, str(one["rows"]), _reasons(one["left_out"]), f"{one['seconds']:.0f}") for name, one in benchmarks.items()]
     yield Table("Rows", ROWS, ("benchmark", "rows", "left out", "seconds"), used, "Rows of the first pass; seconds of both.")
 
@@ -88,6 +89,15 @@ def _obedience(found: Mapping[str, dict]) -> Iterator[Table]:
         note += "would be right is missing, foreign: harmless topics stand instead; what is called unsafe gets no listed id. "
         note += "unsafe: of all unsafe rows of a known category, those called so before and after."
         yield Table("Policy", "Obedience to the policy", ("benchmark", "n", "obeyed", "unsafe before", "after"), rows, note)
+
+
+def _probes(found: Mapping[str, dict]) -> Iterator[Table]:
+    if found:
+        cell = lambda one: percent(one | {"ci": {"value": [one["low"], one["high"]]}}, "value")  # noqa: E731
+        rows = [(kind, str(one["pairs"]), *(cell(one[name]) for name in ("fpr", "twin_fpr", "gap"))) for kind, one in found.items()]
+        note = "Percent of harmless requests that are flagged: those that name an identity, speak up against prejudice or sound dangerous, "
+        note += "and their neutral twins. Probes of our own, mild; they are few. An answer out of format counts as flagged."
+        yield Table("Probes", "False positives on probes", ("kind", "pairs", "probes", "twins", "gap"), rows, note)
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:
