@@ -170,6 +170,18 @@ def test_a_full_queue_refuses_and_a_failure_is_told_and_survived(engine, monkeyp
     assert len({tuple(future.result()[0].tokens) for future in waiting}) == 1 and engine.counts.failures == 1
 
 
+def test_what_one_asker_does_wrong_is_his_alone(engine):
+    def broken(tokens):
+        raise KeyError("mine")
+
+    futures = [engine.submit(ask(0, tails=broken)), engine.submit(ask(1)), engine.submit(ask(2, heard=broken)), engine.submit(ask(3))]
+    assert all(futures[k].result() for k in (1, 3))
+    for k in (0, 2):
+        with pytest.raises(KeyError, match="mine"):
+            futures[k].result()
+    assert engine.counts.failures <= 1  # that of another test
+
+
 def test_a_stream_hears_the_answer_grow(engine):
     heard: list[list[int]] = []
     [told] = engine.submit(ask(1, heard=lambda tokens: heard.append(tokens))).result()

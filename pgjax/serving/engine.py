@@ -198,7 +198,7 @@ class Engine:
         ended = [n for n, held in enumerate(self._held) if held and not busy[n, 0]]
         for n, held in enumerate(self._held):
             if held and held[0].ask.heard and held[1] == 0:
-                held[0].ask.heard(tokens_NR[n, : length[n, 0]].tolist())
+                _called(held[0], held[0].ask.heard, tokens_NR[n, : length[n, 0]].tolist())
         told = {n: Told(tokens_NR[n, : length[n, 0]].tolist(), int(state[n, 0]), []) for n in ended}
         for n, tails in self._score(batch, told):
             told[n] = told[n]._replace(tails=tails)
@@ -247,7 +247,8 @@ class Engine:
 
     def _score(self, batch, told: dict[int, Told]):
         """(row, its answer's tails with their logprobs), for the answers that have any; one of each shard at a time."""
-        asked = {n: tails for n, answer in told.items() if (make := self._held[n][0].ask.tails) and (tails := make(answer.tokens))}
+        requests = {n: self._held[n][0] for n in told}
+        asked = {n: tails for n, r in requests.items() if r.ask.tails and (tails := _called(r, r.ask.tails, told[n].tokens))}
         per_shard = self.rows // self.shards
         while asked:
             now = {n // per_shard: n for n in reversed(asked)}  # one of each shard
@@ -275,6 +276,15 @@ class Engine:
         J = self.law.automaton.distance_AJ.shape[1]
         types = (np.int32, (np.bool, J), np.bool, np.int32, np.float32, np.uint32, np.int32)
         return Asked(*(np.zeros((self.rows, *shape), t) for t, *shape in (t if isinstance(t, tuple) else (t,) for t in types)))
+
+
+def _called(request: _Request, function: Callable, tokens: list[int]) -> Any:
+    """What a function of the asker's says; where it raises, the asker hears of it, and nobody else."""
+    try:
+        return function(tokens)
+    except Exception as error:
+        _resolve(request.future, error)
+        return None
 
 
 def _resolve(future: Future, result: Any) -> None:
