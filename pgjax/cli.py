@@ -91,6 +91,41 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
             print(json.dumps(named | verdict) if args.json else readable(named | verdict), flush=True)
 
 
+def serve(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    key = read_key(args.api_key_file)
+    if args.host not in ("127.0.0.1", "localhost", "::1") and key is None and not args.no_key:
+        raise ValueError(f"--host {args.host} lets other machines in: give --api-key-file or PGJAX_API_KEY, or say --no-key")
+    start_jax(0)
+    from pgjax.serving.app import Service, Serving
+    from pgjax.serving.guard import Guard, How
+    from pgjax.serving.requests import Limits
+    from pgjax.serving.server import listen, run
+
+    limits = Limits(args.max_body << 20, args.max_images, args.max_text, args.max_policy, args.max_inputs, args.timeout)
+    how = How(args.mode, args.samples, args.threshold, args.fail_open)
+    name, hosts = args.name or Path(args.model).resolve().name, frozenset(args.allow_image_host)
+    serving = Serving(name, how, read_policy(args.policy), tuple(args.categories), limits, key, hosts, args.drain)
+    with (
+        listen(args.host, args.port) as sock,
+        Guard.load(Path(args.model), args.best, rows=args.rows, queue=args.queue, bound=not args.unbound) as guard,
+    ):
+        run(Service(guard, serving), sock)
+
+
+def read_key(file: str | None) -> str | None:
+    """The API key from a file, or else from the environment."""
+    if file is None:
+        return os.environ.get("PGJAX_API_KEY") or None
+    try:
+        key = Path(file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--api-key-file {file} cannot be read as ASCII text: {getattr(error, 'strerror', None) or error}") from error
+    if not key or any(character.isspace() for character in key):
+        raise ValueError(f"--api-key-file {file} must hold one word, the key")
+    return key
+
+
 def read_policy(file: str | None) -> str | None:
     if file is None:
         return None
@@ -236,6 +271,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
     sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
     sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
+    sub = guarding("serve", serve, "the guard behind HTTP, in the shapes of OpenAI's API; docs/serving.md")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a key")
+    sub.add_argument("--port", type=int, default=8000, help="0: a free one, which is printed")
+    sub.add_argument("--name", help="of the model, for clients; default the folder's")
+    sub.add_argument("--queue", type=int, default=64, help="requests that may wait; more are told to come again (429)")
+    sub.add_argument("--policy", help="categories of your own, for requests that bring none: YAML or JSON")
+    sub.add_argument("--categories", nargs="*", default=[], help="ids that the policy lists where a request says nothing; default all")
+    sub.add_argument("--api-key-file", help="file with the key that clients must send; default the variable PGJAX_API_KEY, else none")
+    sub.add_argument("--no-key", action="store_true", help="let other machines in without a key")
+    sub.add_argument("--allow-image-host", nargs="*", default=[], metavar="HOST", help="https hosts whose images are fetched; default none")
+    sub.add_argument("--timeout", type=float, default=60.0, help="seconds to an answer; a request may ask for less")
+    sub.add_argument("--drain", type=float, default=60.0, help="seconds that requests under way get when the server is stopped")
+    sub.add_argument("--max-body", type=int, default=20, metavar="MIB", help="of a request")
+    sub.add_argument("--max-images", type=int, default=4, help="of a conversation; /v1/moderations takes one")
+    sub.add_argument("--max-text", type=int, default=100_000, metavar="CHARACTERS", help="of a conversation")
+    sub.add_argument("--max-policy", type=int, default=20_000, metavar="CHARACTERS", help="of a request's own policy")
+    sub.add_argument("--max-inputs", type=int, default=32, help="texts of one call of /v1/moderations")
     sub = command("score", score, "log-probabilities of given completions, token by token")
     sub.add_argument("--model", required=True, help="Hugging Face checkpoint directory, or run folder")
     sub.add_argument("--jsonl", required=True, help="rows {messages, completion, id}; an image part is a path beside the file")
