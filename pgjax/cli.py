@@ -97,10 +97,10 @@ def serve(args: argparse.Namespace, rest: list[str]) -> None:
     if args.host not in ("127.0.0.1", "localhost", "::1") and key is None and not args.no_key:
         raise ValueError(f"--host {args.host} lets other machines in: give --api-key-file or PGJAX_API_KEY, or say --no-key")
     start_jax(0)
-    from pgjax.serving.app import Service, Serving
     from pgjax.serving.guard import Guard, How
     from pgjax.serving.requests import Limits
     from pgjax.serving.server import listen, run
+    from pgjax.serving.service import Service, Serving
 
     limits = Limits(args.max_body << 20, args.max_images, args.max_text, args.max_policy, args.max_inputs, args.timeout)
     how = How(args.mode, args.samples, args.threshold, args.fail_open)

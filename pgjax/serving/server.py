@@ -9,8 +9,9 @@ from types import FrameType
 
 import uvicorn
 
-from pgjax.serving.app import Service, make_app
+from pgjax.serving.app import make_app
 from pgjax.serving.border import log
+from pgjax.serving.service import Service
 
 
 def listen(host: str, port: int) -> socket.socket:
