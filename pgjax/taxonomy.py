@@ -113,10 +113,21 @@ def parse_taxonomy(text: str, where: str = "taxonomy", brief: bool = False) -> T
     return Taxonomy(tuple(nodes))
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a short text would be a policy of any length."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="an alias (*) is not read here; write the entry out", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+
 def _compose(text: str, where: str) -> yaml.Node | None:
     """The YAML node tree, which still knows its lines; nothing is constructed from it."""
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:  # knows a character, not a line
         line, what = text.count("\n", 0, error.position) + 1, error.reason
     except yaml.MarkedYAMLError as error:

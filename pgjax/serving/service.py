@@ -163,18 +163,17 @@ class Service:
 
     async def answers(self, request: Request, futures: Sequence["Future[list[Told]]"]) -> list[list[Told]]:
         """What the engine answers. Where the client hangs up, or time is up, the rows are free again."""
-        work = asyncio.gather(*map(asyncio.wrap_future, futures))
+        work = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         gone = asyncio.ensure_future(request.receive())  # the body has been read: what comes next is the end
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientDisconnect
-            return work.result()
         finally:
             gone.cancel()
-            work.cancel()
             for future in futures:
                 future.cancel()
+        if not work.done():
+            raise ClientDisconnect
+        return [future.result() for future in futures]
 
     @asynccontextmanager
     async def until(self, deadline: float) -> AsyncIterator[None]:
