@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import openai
@@ -155,6 +156,19 @@ def test_guard(http):
     own = ask(prompt=ASKED, policy="- Paint\n- {category: Paving, description: Wobbly stones.}\n")
     assert own["category_name"] in (None, "Paint", "Paving") or own["in_policy"] is False
     assert same(ask(prompt=ASKED, policy=["Paint", {"category": "Paving", "description": "Wobbly stones."}])) == same(own)
+
+
+def test_the_pages_lines_work_as_written(http, tmp_path):
+    """docs/serving.md, but for the address, the model's name and the key."""
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("curl ")]
+    (tmp_path / "picture.png").write_bytes(draw("C8S1", "unsafe", 84, 84, 5))
+    for line in lines:
+        line = line.replace("http://127.0.0.1:8000", str(http.base_url).rstrip("/")).replace('"demo"', '"tiny"')
+        command = f"{line} --fail-with-body -H 'Authorization: Bearer {KEY}'"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, (line, done.stdout)
+    assert len(lines) == 9
 
 
 # --- strangers ---------------------------------------------------------------------------------------------------------------------
@@ -389,6 +403,19 @@ def test_metrics(http):
     for line in ('pgjax_requests_total{route="/v1/guard",status="200"}', 'pgjax_request_seconds_bucket{le="0.1",route="/v1/guard"}'):
         assert line in text
     assert "pgjax_waiting 0.0" in text and 'pgjax_flagged_total{route="/v1/moderations"}' in text and "pgjax_tokens_total" in text
+
+
+def test_the_load_benchmark(guard, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import serve_load
+
+    monkeypatch.setattr(serve_load, "WARM_UP", 0.1)
+    with served(guard, Serving("tiny", categories=SHOWN)) as (http, _):
+        rows = serve_load.measure(str(http.base_url), os.getpid(), [1, 12], ["fast"], 0.5, [{"prompt": ASKED}])
+    rest, one, many = rows
+    assert rest["answered"] == 0 and rest.keys() == one.keys() and one["refused"] == one["lost"] == many["lost"] == 0
+    assert 0 < one["p50_ms"] <= one["p95_ms"] and one["per_s"] > 0 and many["answered"] > 0 and many["refused"] > 0 and one["rss_mb"] > 0
+    assert [len(body["images"]) for body in serve_load.bodies()] == [0, 1, 1]
 
 
 def test_fail_open_is_said(guard):
