@@ -102,7 +102,8 @@ def serve(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.serving.server import listen, run
     from pgjax.serving.service import Service, Serving
 
-    limits = Limits(args.max_body << 20, args.max_images, args.max_text, args.max_policy, args.max_inputs, args.timeout)
+    sizes = (args.max_body << 20, args.max_images, args.max_megapixels << 20, args.max_text, args.max_policy, args.max_inputs)
+    limits = Limits(*sizes, args.timeout)
     how = How(args.mode, args.samples, args.threshold, args.fail_open)
     name, hosts = args.name or Path(args.model).resolve().name, frozenset(args.allow_image_host)
     serving = Serving(name, how, read_policy(args.policy), tuple(args.categories), limits, key, hosts, args.drain)
@@ -285,6 +286,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--drain", type=float, default=60.0, help="seconds that requests under way get when the server is stopped")
     sub.add_argument("--max-body", type=int, default=20, metavar="MIB", help="of a request")
     sub.add_argument("--max-images", type=int, default=4, help="of a conversation; /v1/moderations takes one")
+    sub.add_argument("--max-megapixels", type=int, default=16, help="of an image, as it is sent")
     sub.add_argument("--max-text", type=int, default=100_000, metavar="CHARACTERS", help="of a conversation")
     sub.add_argument("--max-policy", type=int, default=20_000, metavar="CHARACTERS", help="of a request's own policy")
     sub.add_argument("--max-inputs", type=int, default=32, help="texts of one call of /v1/moderations")

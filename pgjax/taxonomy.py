@@ -216,7 +216,7 @@ def _text(node: yaml.Node | None, what: str, problems: list[tuple[int, str]]) ->
     if not isinstance(node, yaml.ScalarNode) or node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null"):
         problems.append((_line(node), f"{what} must be text; put it in quotes if it looks like a number or a date"))
         return ""
-    text = "" if node.tag.endswith("null") else " ".join(node.value.split())
+    text = "" if node.tag.endswith("null") else " ".join(node.value.split()).encode("utf-8", "replace").decode()  # no half characters
     if not text:
         problems.append((_line(node), f"{what} is empty"))
     return text

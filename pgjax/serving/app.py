@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -70,7 +71,8 @@ async def continue_chat(service: Service, request: Request) -> Response:
     future.add_done_callback(lambda _: ears.hear(None))
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     stream = chat.events(guard, head, ask, future, ears, with_usage, service.refused)
-    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    left = BackgroundTask(future.cancel)  # whoever hung up before the first event
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}, background=left)
 
 
 async def models(service: Service, request: Request) -> Response:

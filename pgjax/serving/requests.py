@@ -3,14 +3,17 @@ message that says what, where and what to do, and that never repeats a text of t
 
 import base64
 import binascii
+import io
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pgjax.data.images import FORMATS
 from pgjax.data.rows import conversation
 from pgjax.data.schema import Example
 from pgjax.serving.verdict import printable
@@ -33,10 +36,15 @@ class Limits:
 
     body: int = 20 << 20  # bytes
     images: int = 4  # of a conversation
+    pixels: int = 16 << 20  # of an image, as it is sent
     text: int = 100_000  # characters, of all its texts
     policy: int = 20_000  # characters
     inputs: int = 32  # texts of one call of /v1/moderations
     timeout: float = 60.0  # seconds from the request's arrival to its answer
+
+    def __post_init__(self) -> None:
+        if wrong := [name for name, value in vars(self).items() if not value > 0]:
+            raise ValueError(f"the limit of {wrong[0]} must be more than 0")
 
 
 # --- bodies ------------------------------------------------------------------------------------------------------------------------
@@ -262,3 +270,15 @@ def data_image(url: str) -> bytes:
         return base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
         raise Refused(400, "invalid_image", "the base64 of an image's data URL is broken; send the whole file") from None
+
+
+def check_size(data: bytes, pixels: int) -> bytes:
+    """The same file, unless its head claims more pixels; nothing is decoded. What is wrong with it otherwise, decoding will say."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+    except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError):
+        return data
+    if width * height > pixels:
+        raise Refused(400, "invalid_image", f"an image has {width} x {height} pixels, more than the {pixels} allowed; shrink it")
+    return data

@@ -22,9 +22,9 @@ from pgjax.serving.engine import Ask, Full, Stopped, Told
 from pgjax.serving.fetch import fetch_image
 from pgjax.serving.guard import Case, Guard, How, Policy
 from pgjax.serving.metrics import Metrics
-from pgjax.serving.requests import B, Limits, Options, Refused, Said, data_image, parse
+from pgjax.serving.requests import B, Limits, Options, Refused, Said, check_size, data_image, parse
 
-THREADS = 2  # that parse, decode and tokenize: what strangers' pictures take of memory is bounded by them
+THREADS = 2  # that parse and tokenize, and as many that decode pictures: what strangers' pictures take of memory is bounded by them
 LONGEST_RETRY = 60  # seconds
 T = TypeVar("T")
 
@@ -35,8 +35,8 @@ class Serving:
 
     name: str  # of the model, for clients
     how: How = How()  # where a request says nothing
-    own: str | None = None  # policy of requests without one: text, or ids of the guard's taxonomy
-    categories: tuple[str, ...] = ()
+    own: str | None = None  # policy of requests that bring none; None is the guard's
+    categories: tuple[str, ...] = ()  # that it lists where a request names none; () is all
     limits: Limits = Limits()
     key: str | None = None
     image_hosts: frozenset[str] = frozenset()  # whose pictures are fetched
@@ -59,7 +59,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.guard.engine)
-        self.threads = anyio.CapacityLimiter(THREADS)
+        self.texts, self.pictures = anyio.CapacityLimiter(THREADS), anyio.CapacityLimiter(THREADS)
         self.ended: deque[float] = deque(maxlen=64)  # when answers came, time.monotonic()
         self.first = self.guard.ask(conversation("Hello.", None, None), self.policy(None, ()), self.serving.how)[0]
 
@@ -73,8 +73,8 @@ class Service:
 
     def policy(self, own: str | None, categories: Sequence[str]) -> Policy:
         """The request's policy, or the server's. ValueError for what cannot be one."""
-        if own is None and not categories:
-            own, categories = self.serving.own, self.serving.categories
+        if own is None:
+            own, categories = self.serving.own, categories or self.serving.categories
         return self.guard.policy(tuple(categories), own)
 
     # --- in --------------------------------------------------------------------------------------------------------------------------
@@ -113,12 +113,17 @@ class Service:
 
     async def thread(self, run: Callable[[], T], images: Sequence[bytes] = ()) -> T:
         """Runs what takes time aside from the event loop. Its ValueErrors are the client's; a picture that cannot be read says why."""
-        return await anyio.to_thread.run_sync(_explained, run, images, limiter=self.threads)
+        return await anyio.to_thread.run_sync(_explained, run, images, limiter=self.pictures if images else self.texts)
 
     async def images(self, urls: Sequence[str]) -> list[bytes]:
-        remote = lambda url: url[:8].lower().startswith(("http:", "https:"))  # noqa: E731
-        fetch = partial(fetch_image, hosts=self.serving.image_hosts, limit=self.serving.limits.body)
-        return [await fetch(url) if remote(url) else await self.thread(partial(data_image, url)) for url in urls]
+        found, limits = [], self.serving.limits
+        for url in urls:
+            if url[:8].lower().startswith(("http:", "https:")):
+                data = await fetch_image(url, self.serving.image_hosts, limits.body)
+            else:
+                data = await self.thread(partial(data_image, url))
+            found.append(await self.thread(partial(check_size, data, limits.pixels)))
+        return found
 
     # --- through the engine ------------------------------------------------------------------------------------------------------------
 
@@ -205,7 +210,7 @@ def _explained(run: Callable[[], T], images: Sequence[bytes]) -> T:
     try:
         return run()
     except (ValueError, TypeError, jinja2.TemplateError) as error:  # the last two are how chat templates fail
-        for n, image in enumerate(images, 1):
+        for n, image in enumerate(images if "cannot be read" in str(error) else (), 1):
             try:
                 load_image(image)
             except ValueError as reason:
