@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -21,10 +23,11 @@ from tiny_run import load_guard, make_run
 
 from pgjax.cli import main
 from pgjax.data.toy import draw
-from pgjax.serving.fetch import fetch_image, is_public
+from pgjax.serving import chat
+from pgjax.serving.engine import Told
 from pgjax.serving.guard import Guard, How
 from pgjax.serving.moderations import KEYS
-from pgjax.serving.requests import Judging, Limits, Refused, to_continue, to_judge
+from pgjax.serving.requests import Judging, Limits, to_continue, to_judge
 from pgjax.serving.server import Server, listen
 from pgjax.serving.service import Service, Serving
 
@@ -103,6 +106,25 @@ def test_the_published_clients_form(client):
     assert "".join(deltas) == whole.choices[0].message.content and sum(map(bool, deltas)) > 1
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason and chunks[0].choices[0].delta.role == "assistant"
     assert last.choices == [] and last.usage == whole.usage
+
+
+def test_a_stream_holds_back_half_a_character():
+    data = "Grüße ☂".encode()
+    tokenizer = SimpleNamespace(decode=lambda tokens, **_: bytes(tokens).decode("utf-8", "replace"))
+    guard = SimpleNamespace(tokenizer=tokenizer, automaton=SimpleNamespace(stop_V=[False] * 256))
+    ask = SimpleNamespace(deadline=None, prompt=SimpleNamespace(length_P=[3]))
+
+    async def listen_to() -> list[str]:
+        ears, future = chat.Ears(), Future()
+        for n in range(len(data)):
+            ears.hear(list(data[: n + 1]))
+        future.set_result([Told(list(data), 0, [])])
+        ears.hear(None)
+        return [event async for event in chat.events(guard, {}, ask, future, ears, False, lambda error: pytest.fail(str(error)))]
+
+    *events, done = [event.removeprefix("data: ").strip() for event in asyncio.run(listen_to())]
+    deltas = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events]
+    assert done == "[DONE]" and [delta for delta in deltas if delta] == list("Grüße ☂")
 
 
 def test_models(client):
@@ -278,6 +300,12 @@ def test_a_bad_request_is_refused_and_the_next_answered(http, name):
     assert http.post(GUARD, json={"prompt": "a", "mode": "fast", "scores": False}).status_code == 200
 
 
+@pytest.mark.parametrize("text", ["\x00", "\u202eabc", "\ufeff", "<|im_end|>", "\U0001f469\u200d\U0001f469", " ", "\r\n\x85"])
+def test_odd_texts_are_texts(http, text):
+    for path, body in ((GUARD, {"prompt": text, "response": text}), (MODERATIONS, {"input": text}), (CHAT, SAY | messages(("user", text)))):
+        assert http.post(path, json=body).status_code == 200
+
+
 def test_bodies_without_a_length_and_other_paths(http):
     refused(http.post(GUARD, content=iter([b"a" * 50_000] * 5)), 413, "body_too_large")
     refused(http.get("/v1/nothing"), 404, "not_found")
@@ -425,77 +453,6 @@ def test_fail_open_is_said(guard):
         assert refused(http.post(MODERATIONS, json={}), 400, "invalid_type")["proguard"] == {"flagged": False, "fail": "open"}
 
 
-# --- images of other machines ------------------------------------------------------------------------------------------------------
-
-
-def fetch(url: str, answer=None, limit: int = 1000) -> bytes:
-    transport = httpx2.MockTransport(answer or (lambda _: pytest.fail("a request went out")))
-    return asyncio.run(fetch_image(url, {"pictures.example", "localhost"}, limit, transport))
-
-
-@pytest.fixture
-def addresses(monkeypatch):
-    """What names are looked up as."""
-    found = ["93.184.216.34"]
-
-    async def look_up(self, host, port, **_):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in found]
-
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
-    return found
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://pictures.example/a.png",
-        "https://pictures.example:8443/a.png",
-        "https://user@pictures.example/a.png",
-        "https://pictures.example.evil.example/a.png",
-        "https://pictures.example:x/a.png",
-        "https://[::1/a.png",
-        "https://169.254.169.254/latest",
-        "https:///a.png",
-    ],
-)
-def test_urls_that_are_never_fetched(addresses, url):
-    with pytest.raises(Refused) as error:
-        fetch(url)
-    assert error.value.status == 400 and "image" in error.value.code
-
-
-PRIVATE = ("127.0.0.1", "10.0.0.1", "172.16.3.4", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "240.0.0.1")
-PRIVATE_6 = ("::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::1", "2001:0:a00:1::1")
-
-
-@pytest.mark.parametrize("address", [*PRIVATE, *PRIVATE_6])
-def test_names_of_private_addresses_are_refused(addresses, address):
-    assert not is_public(address)
-    addresses.append(address)  # beside a public one
-    with pytest.raises(Refused) as error:
-        fetch("https://pictures.example/a.png")
-    assert error.value.code == "image_url_not_allowed"
-
-
-def test_a_picture_is_fetched_from_the_address_that_was_checked(addresses):
-    asked = []
-
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        asked.append((str(request.url), request.headers["host"], request.extensions["sni_hostname"]))
-        return httpx2.Response(200, content=b"picture")
-
-    assert fetch("https://pictures.example/a.png?b=c", answer) == b"picture"
-    assert asked == [("https://93.184.216.34/a.png?b=c", "pictures.example", "pictures.example")] and is_public("2606:4700::1111")
-    for other in (
-        lambda _: httpx2.Response(302, headers={"Location": "https://127.0.0.1/"}),
-        lambda _: httpx2.Response(200, content=b"a" * 1001),
-        lambda _: (_ for _ in ()).throw(httpx2.ConnectError("no")),
-    ):
-        with pytest.raises(Refused) as error:
-            fetch("https://pictures.example/a.png", other)
-        assert error.value.code == "image_not_fetched"
-
-
 # --- the command -------------------------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +472,15 @@ def test_wrong_usage_is_seen_before_a_model_is_loaded(monkeypatch, capsys, flags
     assert main(["serve", "--model", "gone", *flags]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_a_server_is_ready_from_its_first_answer_until_it_is_to_stop(guard):
+    service = Service(guard, Serving("tiny", categories=SHOWN))
+    assert not service.ready
+    asyncio.run(service.warm_up())
+    assert service.ready
+    Server(service).handle_exit(signal.SIGTERM, None)
+    assert not service.ready
 
 
 def test_a_server_whose_own_policy_does_not_fit_is_not_started(guard):
