@@ -5,9 +5,10 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from pgjax.arguments import parser
 
 
 def start_jax(devices: int) -> None:
@@ -142,6 +143,41 @@ def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
     print(f"{calibrate.summary(made)}\ncalibration: {write_calibration(model, made.calibration)}\npage: {page}")
 
 
+def serve(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    key = read_key(args.api_key_file)
+    if args.host not in ("127.0.0.1", "localhost", "::1") and key is None and not args.no_key:
+        raise ValueError(f"--host {args.host} lets other machines in: give --api-key-file or PGJAX_API_KEY, or say --no-key")
+    start_jax(0)
+    from pgjax.serving.guard import Guard
+    from pgjax.serving.requests import Limits
+    from pgjax.serving.server import listen, run
+    from pgjax.serving.service import Service, Serving
+
+    sizes = (args.max_body << 20, args.max_images, args.max_megapixels << 20, args.max_text, args.max_policy, args.max_inputs)
+    limits = Limits(*sizes, args.timeout)
+    name, hosts = args.name or Path(args.model).resolve().name, frozenset(args.allow_image_host)
+    serving = Serving(name, judging(args), read_policy(args.policy), tuple(args.categories), limits, key, hosts, args.drain)
+    with (
+        listen(args.host, args.port) as sock,
+        Guard.load(Path(args.model), queue=args.queue, **loading(args)) as guard,
+    ):
+        run(Service(guard, serving), sock)
+
+
+def read_key(file: str | None) -> str | None:
+    """The API key from a file, or else from the environment."""
+    if file is None:
+        return os.environ.get("PGJAX_API_KEY") or None
+    try:
+        key = Path(file).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--api-key-file {file} cannot be read as ASCII text: {getattr(error, 'strerror', None) or error}") from error
+    if not key or any(character.isspace() for character in key):
+        raise ValueError(f"--api-key-file {file} must hold one word, the key")
+    return key
+
+
 def read_policy(file: str | None) -> str | None:
     if file is None:
         return None
@@ -243,112 +279,13 @@ def no_more(rest: list[str]) -> None:
         raise ValueError(f"unknown argument {rest[0]!r}; see --help")
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is an error like any other: one line, no page of usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see `{self.prog} --help`")
-
-
-def parser() -> argparse.ArgumentParser:
-    main = Parser(prog="pgjax", description="A proactive vision-language safety guard, trained by GRPO in JAX.")
-    commands = main.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)  # --f is not --fresh, which deletes
-        sub.set_defaults(run=run)
-        return sub
-
-    for name, run, text in (
-        ("train", train, "train a recipe by GRPO; goes on from the last checkpoint; --KEY VALUE overrides any recipe value"),
-        ("demo", demo, "train the toy recipe, evaluate before and after, and moderate three inputs"),
-    ):
-        sub = command(name, run, text)
-        sub.add_argument("config", nargs="?" if name == "demo" else None, default="toy", help="a name in configs/ or a path")
-        sub.add_argument("--runs", default="runs", help="folder of run folders")
-        if name == "train":
-            sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
-            sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
-
-    def guarding(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        """A command that runs a guard."""
-        sub = command(name, run, text)
-        sub.add_argument("--model", required=True, help="run folder, or Hugging Face checkpoint directory")
-        sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
-        sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time, on each device that shares the batch")
-        sub.add_argument("--prompt-tokens", type=int, help="longest prompt, instead of the one that the model was trained with")
-        sub.add_argument("--unbound", action="store_true", help="answers are not held to the format, to measure what that changes")
-        sub.add_argument("--mode", choices=("think", "fast"), default="think", help="fast: without reasoning")
-        sub.add_argument("--samples", type=int, default=1, help="answers to a conversation, drawn, that vote; 1: one greedy answer")
-        return sub
-
-    def listing(sub: argparse.ArgumentParser) -> None:
-        """One policy for all rows."""
-        sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
-        sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
-
-    def deciding(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--threshold", type=float, help="of the unsafe score; default the calibrated one, without one the labels decide")
-        sub.add_argument("--fail-open", action="store_true", help="an answer that does not parse passes; default: it is flagged")
-
-    sub = guarding("moderate", moderate, "verdicts on conversations: one from the flags, or those of a file")
-    for flag, text in (("request", "user text"), ("response", "agent text"), ("image", "file")):
-        sub.add_argument(f"--{flag}", help=text)
-    sub.add_argument("--jsonl", help="conversations, one JSON object a line: request, response, image (a path beside the file), id")
-    sub.add_argument("--out", help="folder for the verdicts of --jsonl and for its errors; goes on where it was killed")
-    listing(sub)
-    deciding(sub)
-    sub.add_argument("--json", action="store_true", help="one JSON object a conversation")
-    sub = guarding("evaluate", evaluate, "the tables of the paper for any checkpoint, on public benchmarks")
-    sub.add_argument("--benchmark", nargs="+", required=True, help="names, or held_out: the held-out rows of a run folder")
-    sub.add_argument("--data", help="folder of the sets; default $PGJAX_DATA")
-    sub.add_argument("--out", required=True, help="folder for evaluation.json, tables.md, report.html and answers.jsonl")
-    sub.add_argument("--limit", type=int, help="at most so many rows of a set, whole groups by a hash of their name; default all")
-    sub.add_argument("--held-out", action="store_true", help="of sets that training may have used, the held-out rows alone")
-    deciding(sub)
-    sub.add_argument("--obedience", action="store_true", help="also ask whether answers follow a changed policy")
-    sub.add_argument("--reveal", action="store_true", help="texts unfolded and pictures sharp in the report; default folded and blurred")
-    sub.add_argument("--seed", type=int, default=0, help="of what is hidden and of the intervals")
-    sub.add_argument("--json", action="store_true", help="the summary as one JSON object")
-    sub = guarding("calibrate", calibrate, "make a guard's scores probabilities and choose its threshold, on labelled conversations")
-    sub.add_argument("--jsonl", required=True, help="conversations with request_label and response_label: rows as for training")
-    listing(sub)
-    sub.add_argument("--max-fpr", type=float, help="the lowest threshold that flags at most this share of safe ones; default: largest F1")
-    sub.add_argument("--report", help="where the page goes; default calibration.html beside the model")
-    sub = command("score", score, "log-probabilities of given completions, token by token")
-    sub.add_argument("--model", required=True, help="Hugging Face checkpoint directory, or run folder")
-    sub.add_argument("--jsonl", required=True, help="rows {messages, completion, id}; an image part is a path beside the file")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
-    sub.add_argument("--max-pixels", type=int, help="cap on a picture's area, beside a checkpoint directory; a run has its own")
-    sub.add_argument("--json", action="store_true", help="one JSON object a row, with tokens and logprobs")
-    sub = command("export", export, "write a run as a Hugging Face checkpoint directory")
-    sub.add_argument("run_folder", metavar="RUN", help="run folder")
-    sub.add_argument("folder", metavar="DIR", help="the directory to make")
-    sub.add_argument("--best", action="store_true", help="the checkpoint with the highest held-out request F1; default the newest")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the files; default the recipe's compute type")
-    sub = command("reward", reward, "the reward of given answers, term by term")
-    sub.add_argument("--jsonl", required=True, help="answers with their gold labels, one JSON object a line")
-    sub.add_argument("--variant", choices=("published", "strict"), default="strict", help="the released rules, or ours (default)")
-    sub.add_argument("--json", action="store_true", help="one JSON object")
-    sub.add_argument("--think-tag", choices=("think", "thinking"), default="think", help="the tag that answers reason in")
-    sub.add_argument("--taxonomy", help="YAML file; default the packaged one")
-    sub.add_argument("--embedder", help="sentence-transformers folder; default the MiniLM package")
-    sub.add_argument("--bank", help="file made by `pgjax bank`: its thresholds, and its rows for names without synonyms")
-    sub = command("bank", bank, "build a synonym bank, or set its thresholds from its own similarities")
-    sub.add_argument("action", choices=("build", "calibrate"))
-    sub.add_argument("--bank", default="bank.npz", help="the file to write (and, to calibrate, to read)")
-    sub.add_argument("--taxonomy", help="YAML file; default the packaged one")
-    sub.add_argument("--embedder", help="sentence-transformers folder; default the MiniLM package")
-    sub.add_argument("--exclude", nargs="*", default=[], help="ids without a bank row")
-    sub = command("report", report, "write report.html of a run folder anew")
-    sub.add_argument("folder", metavar="RUN", help="run folder")
-    return main
+COMMANDS = {run.__name__: run for run in (train, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, report)}
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         args, rest = parser().parse_known_args(argv)
-        args.run(args, rest)
+        COMMANDS[args.command](args, rest)
     except ValueError as error:
         print(f"pgjax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

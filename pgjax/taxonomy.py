@@ -113,10 +113,21 @@ def parse_taxonomy(text: str, where: str = "taxonomy", brief: bool = False) -> T
     return Taxonomy(tuple(nodes))
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases: a short text would be a policy of any length."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="an alias (*) is not read here; write the entry out", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+
 def _compose(text: str, where: str) -> yaml.Node | None:
     """The YAML node tree, which still knows its lines; nothing is constructed from it."""
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:  # knows a character, not a line
         line, what = text.count("\n", 0, error.position) + 1, error.reason
     except yaml.MarkedYAMLError as error:
@@ -205,7 +216,7 @@ def _text(node: yaml.Node | None, what: str, problems: list[tuple[int, str]]) ->
     if not isinstance(node, yaml.ScalarNode) or node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null"):
         problems.append((_line(node), f"{what} must be text; put it in quotes if it looks like a number or a date"))
         return ""
-    text = "" if node.tag.endswith("null") else " ".join(node.value.split())
+    text = "" if node.tag.endswith("null") else " ".join(node.value.split()).encode("utf-8", "replace").decode()  # no half characters
     if not text:
         problems.append((_line(node), f"{what} is empty"))
     return text

@@ -210,3 +210,15 @@ def wait_until(true, seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_row_that_is_given_up_is_taken_by_the_next(engine, expected):
+    """Rows are cancelled in the same moment in which others wait for them."""
+    first = [engine.submit(ask(p % P), wait=True) for p in range(engine.rows)]
+    while engine.counts.busy < engine.rows and not any(future.done() for future in first):
+        pass
+    behind = [engine.submit(ask(p), wait=True) for p in (5, 6)]
+    [future.cancel() for future in first]
+    for p, future in zip((5, 6), behind, strict=True):
+        [told] = future.result(60)
+        assert told.tokens == expected[True][p][: len(told.tokens)] and len(expected[True][p]) - len(told.tokens) <= 2

@@ -186,7 +186,7 @@ class Engine:
         for n, held in enumerate(self._held):
             if held and held[0].gone():
                 drop_N[n], self._held[n] = True, None
-        while joining := self._next():
+        while joining := self._next(drop_N):
             batch = self._let_in(batch, joining)
         batch = self._advance(self.weights, self.law, batch, drop_N)
         self.counts.steps += 1
@@ -211,9 +211,10 @@ class Engine:
         self.counts.busy = sum(held is not None for held in self._held)
         return batch
 
-    def _next(self) -> dict[int, tuple[_Request, list[int]]]:
-        """By shard, who comes in now and the rows that he gets: those who wait longest first, while they fit."""
-        free = [n for n, held in enumerate(self._held) if held is None]
+    def _next(self, drop_N: np.ndarray) -> dict[int, tuple[_Request, list[int]]]:
+        """By shard, who comes in now and the rows that he gets: those who wait longest first, while they fit. Rows `drop_N` are free only
+        when `advance` has freed them."""
+        free = [n for n, held in enumerate(self._held) if held is None and not drop_N[n]]
         by_shard = [[n for n in free if n * self.shards // self.rows == w] for w in range(self.shards)]
         joining: dict[int, tuple[_Request, list[int]]] = {}
         with self._changed:

@@ -1,0 +1,136 @@
+"""`pgjax serve`: one guard behind HTTP, in OpenAI's shapes and in one of our own (docs/serving.md).
+
+The event loop reads and answers; bodies are parsed, pictures decoded and prompts made in a few threads; the engine has its own.
+"""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from pgjax.serving import chat, moderations
+from pgjax.serving.border import GONE, Border, refusal
+from pgjax.serving.guard import How
+from pgjax.serving.requests import Chat, Judging, Moderation, Refused, to_continue, to_judge, to_moderate
+from pgjax.serving.service import Service
+
+
+async def judge(service: Service, request: Request) -> Response:
+    body, began, usual = await service.body(request, Judging), time.monotonic(), service.serving.how
+    service.check_model(body.model)
+    threshold = usual.threshold if body.threshold is None else body.threshold
+    how = How(body.mode or usual.mode, body.samples or usual.samples, threshold, usual.fail_open, body.scores, body.seed)
+    said = to_judge(body, service.serving.limits)
+    [judged] = await service.verdicts(request, [said], body, how, body.timeout)
+    head = {"id": f"guard-{uuid.uuid4().hex}", "model": service.serving.name, "latency_ms": round(1000 * (time.monotonic() - began), 1)}
+    return JSONResponse(head | judged.verdict | {"usage": chat.usage(judged.ask, judged.case.future.result())})
+
+
+async def moderate(service: Service, request: Request) -> Response:
+    body = await service.body(request, Moderation)
+    service.check_model(body.model, moderations.ALIASES)
+    judged = await service.verdicts(request, to_moderate(body, service.serving.limits), body, service.serving.how, None)
+    results = [moderations.result(one.case, one.verdict) for one in judged]
+    return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": service.serving.name, "results": results})
+
+
+async def continue_chat(service: Service, request: Request) -> Response:
+    body, guard = await service.body(request, Chat), service.guard
+    service.check_model(body.model)
+    body.check()
+    messages, urls = to_continue(body.messages, service.serving.limits)
+    most, deadline, ears = guard.recipe.answer.max_tokens, service.deadline(request), chat.Ears() if body.stream else None
+    how: dict[str, Any] = {
+        "limit": min(most, body.max_completion_tokens or body.max_tokens or most),
+        "samples": body.n or 1,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "seed": (secrets.randbits(32) if body.seed is None else body.seed) % 2**32,
+        "deadline": deadline,
+        "heard": ears and ears.hear,
+    }
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.serving.name}
+    async with service.until(deadline):
+        images = await service.images(urls)
+        ask = await service.thread(partial(guard.chat, messages, images, **how), images)
+        [future] = service.submit([ask])
+        if ears is None:
+            [answers] = await service.answers(request, [future])
+            return JSONResponse(chat.completion(guard, head, ask, answers))
+    future.add_done_callback(lambda _: ears.hear(None))
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    stream = chat.events(guard, head, ask, future, ears, with_usage, service.refused)
+    left = BackgroundTask(future.cancel)  # whoever hung up before the first event
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}, background=left)
+
+
+async def models(service: Service, request: Request) -> Response:
+    name = service.serving.name
+    one = {"id": name, "object": "model", "created": 0, "owned_by": "pgjax", "not_a_guard": service.guard.recipe.not_a_guard}
+    if "name" in request.path_params:
+        service.check_model(request.path_params["name"])
+        return JSONResponse(one)
+    return JSONResponse({"object": "list", "data": [one]})
+
+
+async def health(service: Service, request: Request) -> Response:
+    return PlainTextResponse("ok\n")
+
+
+async def readiness(service: Service, request: Request) -> Response:
+    return PlainTextResponse("ready\n" if service.ready else "not ready\n", 200 if service.ready else 503)
+
+
+async def measured(service: Service, request: Request) -> Response:
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+ENDPOINTS = {
+    ("POST", "/v1/guard"): judge,
+    ("POST", "/v1/moderations"): moderate,
+    ("POST", "/v1/chat/completions"): continue_chat,
+    ("GET", "/v1/models"): models,
+    ("GET", "/v1/models/{name:path}"): models,
+    ("GET", "/healthz"): health,
+    ("GET", "/readyz"): readiness,
+    ("GET", "/metrics"): measured,
+}
+
+
+def make_app(service: Service) -> Starlette:
+    fail_open, engine = service.serving.how.fail_open, service.guard.engine
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        warming = asyncio.create_task(service.warm_up())
+        yield
+        service.ready = False
+        warming.cancel()
+
+    def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):  # of the router
+            what = "the path takes another method" if error.status_code == 405 else "there is nothing at this path"
+            code = "method_not_allowed" if error.status_code == 405 else "not_found"
+            error = Refused(error.status_code, code, f"{what}; routes: {', '.join(f'{method} {path}' for method, path in ENDPOINTS)}")
+        assert isinstance(error, Refused)
+        return refusal(error, request.url.path, fail_open)
+
+    room = engine.rows + engine.queue
+    border = Middleware(Border, metrics=service.metrics, key=service.serving.key, room=room, retry=service.retry, fail_open=fail_open)
+    return Starlette(
+        routes=[Route(path, partial(run, service), methods=[method]) for (method, path), run in ENDPOINTS.items()],
+        middleware=[border],
+        exception_handlers={Refused: refuse, HTTPException: refuse, ClientDisconnect: lambda *_: Response(status_code=GONE)},
+        lifespan=lifespan,
+    )
