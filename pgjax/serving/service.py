@@ -210,7 +210,7 @@ def _explained(run: Callable[[], T], images: Sequence[bytes]) -> T:
     try:
         return run()
     except (ValueError, TypeError, jinja2.TemplateError) as error:  # the last two are how chat templates fail
-        for n, image in enumerate(images if "cannot be read" in str(error) else (), 1):
+        for n, image in enumerate(images if "image" in str(error) else (), 1):
             try:
                 load_image(image)
             except ValueError as reason:
