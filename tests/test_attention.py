@@ -138,5 +138,5 @@ def test_lanes_equal_dense():
         garbage = [np.where(written[:, None, None], x, 1e4).astype(np.float32).transpose(0, 3, 1, 2, 4) for x in turned]
         garbage[0] = garbage[0].swapaxes(3, 4)
         sees_own = np.broadcast_to(written, (P, G, R))
-        out = step(q[:, :, offset], *by_head, *garbage, np.arange(T) < length[:, None], sees_own)
+        out = step(q[:, :, offset], *by_head, *garbage, (np.arange(T) < length[:, None])[:, None], sees_own)
         np.testing.assert_allclose(out, expected[:, :, offset], atol=1e-5)
