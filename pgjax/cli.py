@@ -124,8 +124,8 @@ def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
     lines, own = read_jsonl(args.jsonl), read_policy(args.policy)
     start_jax(0)
     from pgjax.data.rows import labelled
+    from pgjax.evaluation import calibrate
     from pgjax.files import replace_file
-    from pgjax.serving import calibrate
     from pgjax.serving.calibration import write_calibration
     from pgjax.serving.guard import Guard, How
     from pgjax.train.saved import fingerprint

@@ -12,26 +12,22 @@ from tiny_recipe import tiny_recipe
 
 from pgjax.cli import main
 from pgjax.data.schema import ABSENT, LABELS, SAFE, UNKNOWN, UNSAFE
-from pgjax.serving import calibration
-from pgjax.serving.calibration import (
+from pgjax.evaluation.calibration import (
     BINS,
-    CALIBRATION,
-    Calibration,
     Judged,
     calibration_error,
     choose_threshold,
     fit,
     fit_map,
     halves,
-    probability,
-    read_calibration,
     reliability,
-    write_calibration,
 )
+from pgjax.pages.charts import reliability as chart
+from pgjax.serving import calibration
+from pgjax.serving.calibration import CALIBRATION, Calibration, probability, read_calibration, write_calibration
 from pgjax.serving.guard import Guard, How
 from pgjax.serving.scores import Scores
 from pgjax.taxonomy import load_taxonomy
-from pgjax.train.charts import reliability as chart
 from pgjax.train.run_folder import RunFolder
 from pgjax.train.saved import fingerprint
 

@@ -22,9 +22,9 @@ from pgjax.data.build import build_dataset
 from pgjax.data.schema import LABELS, Example
 from pgjax.evaluation.evaluate import Answered
 from pgjax.evaluation.samples import sample_rows
+from pgjax.pages.charts import H, apart, bars, histogram, lines, running_mean, short, text, ticks
 from pgjax.recipes import to_json
 from pgjax.taxonomy import load_taxonomy
-from pgjax.train.charts import H, apart, bars, histogram, lines, running_mean, short, text, ticks
 from pgjax.train.report import gold_class, right, said_class, write_report
 
 SECTIONS = ["Summary", "Training", "Held-out scores", "Categories", "Samples"]

@@ -22,10 +22,10 @@ from pgjax.evaluation.summary import summary
 from pgjax.files import replace_file
 from pgjax.models.sentence_encoder import load_embedder
 from pgjax.models.static_encoder import load_static_encoder
+from pgjax.pages.samples import ROWS, thumbnail, wrong_and_right
 from pgjax.serving.guard import Guard, How
 from pgjax.train.materials import make_banks
 from pgjax.train.progress import Progress
-from pgjax.train.report import ROWS, thumbnail, wrong_and_right
 
 HELD_OUT, PROBES = "held_out", "probes"  # the benchmark that a run folder brings along, and ours that comes with the package
 

@@ -11,10 +11,10 @@ from textwrap import fill
 from typing import NamedTuple
 
 from pgjax.evaluation.summary import F1, LINES, OOD, line_of, published
+from pgjax.pages.charts import bars, printable, text
+from pgjax.pages.page import facts, grid, table_of, whole_page
+from pgjax.pages.samples import sample_tables, wrong_and_right
 from pgjax.taxonomy import Taxonomy
-from pgjax.train.charts import bars, printable, text
-from pgjax.train.page import facts, whole_page
-from pgjax.train.report import grid, sample_tables, table_of, wrong_and_right
 
 UNSAFE, WEIGHTED = "F1 unsafe", "F1 weighted"
 CONVENTIONS = {

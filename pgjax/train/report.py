@@ -4,28 +4,21 @@ What a guard or a person wrote is untrusted: it is escaped and bounded (charts.t
 page's own policy forbids scripts and anything from outside.
 """
 
-import base64
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
 
-from pgjax.automaton import OUTCOMES
 from pgjax.config import Recipe
 from pgjax.data.build import read_dataset
-from pgjax.data.images import load_image
-from pgjax.data.schema import ABSENT, LABELS, MODALITIES
+from pgjax.data.schema import LABELS, MODALITIES
 from pgjax.files import replace_file
+from pgjax.pages.charts import WINDOW, bars, heat_map, histogram, lines, short, text
+from pgjax.pages.page import facts, grid, table_of, whole_page
+from pgjax.pages.samples import ROWS, said_class, sample_tables, thumbnail, top, wrong_and_right
 from pgjax.recipes import to_json
 from pgjax.taxonomy import Taxonomy, load_taxonomy
-from pgjax.train.charts import WINDOW, bars, heat_map, histogram, lines, short, text
-from pgjax.train.page import facts, whole_page
 from pgjax.train.run_folder import read_config, read_metrics
-
-ROWS = 60  # of the sample table, for right and for wrong answers each
-PIXELS = 160  # longer side of a picture
 
 SCORES = {  # of phase "eval": label -> key; each is also there with a modality and / before it
     "request F1, unsafe class": "request_f1",
@@ -102,13 +95,6 @@ def read_pictures(run: Path, samples: list[dict]) -> dict[str, list[str]]:
     return found
 
 
-def thumbnail(data: bytes) -> str:
-    image, out = load_image(data), io.BytesIO()
-    image.thumbnail((PIXELS, PIXELS))
-    image.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
 # --- header, summary, curves -------------------------------------------------------------------------------------------------------
 
 
@@ -160,11 +146,6 @@ def signed(value: float | None) -> str:
     return ("+" if value and value > 0 else "") + short(value).replace("-", "−")
 
 
-def table_of(*columns: str, rows: str, kind: str = "numbers") -> str:
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
 def curves(steps: list[dict], scores: list[dict]) -> str:
     def points(rows: list[dict], key: str) -> list[tuple[float, float | None]]:
         skip = key.startswith(("perf/time", "timing_s/"))  # a compilation takes many times as long as a step
@@ -180,41 +161,13 @@ def curves(steps: list[dict], scores: list[dict]) -> str:
     return note + grid(charts)
 
 
-def grid(charts: list[str]) -> str:
-    return f'<div class="grid">{"".join(charts)}</div>' if any(charts) else ""
-
-
 # --- scores of the last validation -------------------------------------------------------------------------------------------------
-
-
-def right(row: dict) -> bool:
-    """Whether an answer is right in every part that the gold knows; one out of format is wrong."""
-    verdict, terms = row["verdict"], row["terms"]
-    expected = {"request": row["request_label"], "response": row["response_label"] if row["modality"] != "image" else "unknown"}
-    expected["response"] = "safe" if expected["response"] == "absent" else expected["response"]
-    labels = all(gold == "unknown" or LABELS[verdict[part]] == gold for part, gold in expected.items())
-    category = {"node": terms["category_right"] > 0, "ood": terms["ood_detected"] > 0}.get(row["category"], True)
-    return terms["format"] > 0 and labels and category
-
-
-def top(node: str, taxonomy: Taxonomy) -> str:
-    return taxonomy.by_id(node).parent or node
 
 
 def gold_class(row: dict, taxonomy: Taxonomy) -> str | None:
     """Top-level id, "none" or "OOD"; None where it is not known."""
     known = {"none": "none", "ood": "OOD", "unknown": None}
     return known[row["category"]] if row["category"] in known else top(row["node"], taxonomy)
-
-
-def said_class(row: dict, taxonomy: Taxonomy) -> str:
-    """What the answer gave: top-level id, "none", "OOD" for a name of its own, "unlisted" for an id that the prompt lacks, "no parse"."""
-    if not row["terms"]["format"]:
-        return "no parse"
-    if row["said"]:
-        return top(row["said"], taxonomy)
-    kind = OUTCOMES[row["verdict"]["kind"]]
-    return {"none": "none", "id": "unlisted", "unlisted": "unlisted"}.get(kind, "OOD")
 
 
 def held_out(scores: dict, intervals: dict[str, dict], samples: list[dict], taxonomy: Taxonomy) -> str:
@@ -274,53 +227,3 @@ def sample_section(run: Path, samples: list[dict], step: int, taxonomy: Taxonomy
     body = f"<p>Greedy answers at step {step}: {links}. Right means every label and the category, where known. "
     body += f"Terms are what request + response + category earned.{kept}</p>"
     return body + sample_tables(parts, taxonomy, pictures, content, veil)
-
-
-def wrong_and_right(samples: Sequence[dict]) -> dict[str, list[dict]]:
-    return {"wrong": [row for row in samples if not right(row)], "right": [row for row in samples if right(row)]}
-
-
-def sample_tables(
-    parts: Mapping[str, Sequence[dict]], taxonomy: Taxonomy, pictures: Mapping[str, Sequence[str]], content: bool, veil: bool
-) -> str:
-    """Rows as evaluation/samples.py makes them, at most ROWS a part. `pictures` has data addresses by row id; without `content` texts
-    stay out, and with `veil` they are folded and pictures blurred until clicked."""
-    scored, body = any("score_request" in row for rows in parts.values() for row in rows), ""
-    for name, rows in parts.items():
-        if rows:
-            more = f", the first {ROWS}" if len(rows) > ROWS else ""
-            rows_html = "".join(sample_row(row, taxonomy, pictures.get(row["id"], []), content, veil, scored) for row in rows[:ROWS])
-            columns = ("id", "modality", "gold", "verdict", *["p(unsafe)"] * scored, "reward", "terms", "tokens")
-            table = table_of(*columns, rows=rows_html, kind="samples")
-            body += f'<details id="{name}" open><summary>{name.capitalize()}: {len(rows)}{more}</summary>{table}</details>'
-    return body
-
-
-def sample_row(row: dict, taxonomy: Taxonomy, pictures: Sequence[str], content: bool, veil: bool, scored: bool) -> str:
-    verdict, terms = row["verdict"], row["terms"]
-    gold_name = {"node": row["node"], "ood": f"OOD ({row['node'] or '?'}{', never seen' if row['never_seen'] else ''})"}
-    gold = [row["request_label"], row["response_label"], gold_name.get(row["category"], row["category"])]
-    said = said_class(row, taxonomy)
-    answer = [LABELS[verdict["request"]], LABELS[verdict["response"]], row["said"] or said]
-    scores = " · ".join(short(row[key]) for key in ("score_request", "score_response") if row.get(key) is not None)
-    cells = [
-        f'<td class="id">{text(row["id"], 80)}</td><td>{text(row["modality"].replace("_", " with "))}</td>',
-        f"<td>{labels(gold)}</td><td>{labels(answer) if verdict['parsed'] else 'no parse'}</td>" + f"<td>{scores}</td>" * scored,
-        f"<td>{short(row['reward'])}</td><td>{' + '.join(short(terms[name]) for name in ('request', 'response', 'category'))}</td>",
-        f"<td>{row['length']}</td>",
-    ]
-    line = f'<tr class="{"ok" if right(row) else "no"}">{"".join(cells)}</tr>'
-    texts = [(name, row.get(name)) for name in ("request", "response", "answer") if row.get(name)] if content else []
-    line_end = lambda markup: markup.replace("\n", " <i>↵</i> ")  # noqa: E731
-    shown = "".join(f'<div><b>{name}</b> <span dir="auto">{line_end(text(value))}</span></div>' for name, value in texts)
-    if not shown and not pictures:
-        return line
-    images = [f'<img src="{escape(address)}" alt="">' for address in pictures]
-    if veil:
-        images = [f'<label class="veil" title="click to see"><input type="checkbox">{image}</label>' for image in images]
-        shown = f"<details><summary>text</summary>{shown}</details>" if shown else ""
-    return line + f'<tr class="content"><td colspan="9"><div class="both">{"".join(images)}<div>{shown}</div></div></td></tr>'
-
-
-def labels(parts: list[str]) -> str:
-    return " · ".join(f'<span class="{text(part)}">{text(part)}</span>' for part in parts if part != LABELS[ABSENT])

@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, bars, histogram, heat map, reliability. Colours and fonts are the page's (classes of report.py's style sheet).
+"""Charts as SVG text: lines, bars, histogram, heat map, reliability. Colours and fonts are the page's (classes of page.py's style sheet).
 
 Titles and labels are escaped here; numbers that are None or not finite leave a gap.
 """

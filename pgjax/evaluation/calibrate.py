@@ -7,14 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from pgjax.data.schema import LABELS, UNSAFE, Example
-from pgjax.serving.calibration import BINS, Calibration, Judged, fit
-from pgjax.serving.calibration import reliability as bins
+from pgjax.evaluation.calibration import BINS, Judged, fit
+from pgjax.evaluation.calibration import reliability as bins
+from pgjax.pages.charts import reliability, short, text
+from pgjax.pages.page import facts, table_of, whole_page
+from pgjax.serving.calibration import Calibration
 from pgjax.serving.guard import Guard, How, Policy
 from pgjax.serving.verdict import printable
-from pgjax.train.charts import reliability, short, text
-from pgjax.train.page import facts, whole_page
 from pgjax.train.progress import Progress
-from pgjax.train.report import table_of
 
 FEW = 20  # conversations of a label
 MEASURES = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pgjax.train.charts import text
+from pgjax.pages.charts import text
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --dim: #667080; --rule: #dfe3e8; --paper: #fff; --panel: #f6f7f9;
@@ -90,3 +90,12 @@ def whole_page(title: str, header: str, sections: Mapping[str, str]) -> str:
 def facts(items: Mapping[str, object]) -> str:
     """Names over their values."""
     return "<dl>" + "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items.items()) + "</dl>"
+
+
+def table_of(*columns: str, rows: str, kind: str = "numbers") -> str:
+    head = "".join(f"<th>{name}</th>" for name in columns)
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def grid(charts: list[str]) -> str:
+    return f'<div class="grid">{"".join(charts)}</div>' if any(charts) else ""
