@@ -23,9 +23,10 @@ from pgjax.data.schema import LABELS, Example
 from pgjax.evaluation.evaluate import Answered
 from pgjax.evaluation.samples import sample_rows
 from pgjax.pages.charts import H, apart, bars, histogram, lines, running_mean, short, text, ticks
+from pgjax.pages.samples import right, said_class
 from pgjax.recipes import to_json
 from pgjax.taxonomy import load_taxonomy
-from pgjax.train.report import gold_class, right, said_class, write_report
+from pgjax.train.report import gold_class, write_report
 
 SECTIONS = ["Summary", "Training", "Held-out scores", "Categories", "Samples"]
 HOSTILE = [
