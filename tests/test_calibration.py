@@ -25,7 +25,7 @@ from pgjax.evaluation.calibration import (
 from pgjax.pages.charts import reliability as chart
 from pgjax.serving import calibration
 from pgjax.serving.calibration import CALIBRATION, Calibration, probability, read_calibration, write_calibration
-from pgjax.serving.guard import Guard, How
+from pgjax.serving.guard import Guard, How, Unfit
 from pgjax.serving.scores import Scores
 from pgjax.taxonomy import load_taxonomy
 from pgjax.train.run_folder import RunFolder
@@ -267,7 +267,7 @@ class FakeGuard:
     def judge(self, rows, policy, how):
         assert how == How("fast", 2, categories=False)
         for example, _ in rows:
-            long = ValueError(f"{example.id}: the prompt <b>has</b> more than 9 tokens")
+            long = Unfit("prompt", f"{example.id}: the prompt <b>has</b> more than 9 tokens")
             yield long if "long" in example.request else SimpleNamespace(example=example)
 
     def verdict(self, case):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rows import gold_arrays, verdict_arrays
 
 from pgjax.automaton import EMPTY, ID, NAME, NONE, UNLISTED
+from pgjax.bank import Bank
 from pgjax.data.schema import (
     ABSENT,
     CATEGORY_NODE,
@@ -24,7 +25,6 @@ from pgjax.data.schema import (
     UNKNOWN,
     UNSAFE,
 )
-from pgjax.evaluation.evaluate import nearness
 from pgjax.evaluation.metrics import (
     LEVEL,
     Rows,
@@ -35,10 +35,11 @@ from pgjax.evaluation.metrics import (
     intervals,
     is_count,
     mean_similarity,
-    retrieval_rank,
     summarise,
     table,
 )
+from pgjax.evaluation.naming import nearness, ranks
+from pgjax.taxonomy import parse_taxonomy
 
 # Three ids; in every prompt id 0 stands for node 2, id 1 for node 0, id 2 is not shown. Nodes 1 and 3 are hidden.
 NODE_OF_ID = [2, 0, -1]
@@ -258,14 +259,6 @@ def test_mean_similarity():
     assert summarise(rows._replace(naming={"naming": np.array([0.6, np.nan])}))["naming"] == 0.6
 
 
-def test_rank_by_the_nearest_phrase():
-    """Node 3 has no phrases; ties count against the gold node."""
-    valid_NS = np.array([[True, True], [True, False], [True, True], [False, False]])
-    similarity_NS = np.array([[0.1, 0.9], [0.5, 9.0], [0.3, 0.5], [9.0, 9.0]])
-    got = retrieval_rank(np.stack([similarity_NS] * 5), valid_NS, np.array([0, 1, 2, 3, -1]))
-    assert got[:3].tolist() == [1, 3, 3] and np.isnan(got[3:]).all()
-
-
 class Compass:
     """An encoder of four words."""
 
@@ -276,15 +269,31 @@ class Compass:
 
 
 def test_nearness_by_hand():
-    from pgjax.bank import Bank
-
+    """Categories C1 (with C1S1) and C2, whose phrases lie in four directions; the last one has none. A tie counts against."""
+    nodes = parse_taxonomy('[{"category": "A", "subcategories": ["B"]}, "C", "D"]', brief=True)
     words = Compass().texts(["north", "north-east", "east", "south"])
-    bank = Bank(np.stack([words[[0, 1]], words[[2, 3]], np.zeros((2, 2))]), np.array([[True, True], [True, False], [False, False]]))
-    near_P, rank_P = nearness(["north", "east", "north", None, "south"], np.array([0, 0, 1, 0, 2]), Compass(), bank)
-    np.testing.assert_allclose(near_P, [0.8, 0.4, 0.0, 0.0, np.nan])
-    np.testing.assert_allclose(rank_P, [1, 2, 2, np.inf, np.nan])
-    near_P, rank_P = nearness([None], np.array([1]), Compass(), bank)
-    assert near_P.tolist() == [0] and rank_P.tolist() == [np.inf]
+    embedding = np.stack([words[[0, 1]], words[[2, 2]], words[[3, 3]], np.zeros((2, 2))])
+    bank = Bank(embedding, np.array([[True, True], [True, False], [True, False], [False, False]]))
+    right = lambda *rows: np.array([[n in row for n in range(4)] for row in rows])  # noqa: E731
+    names = ["east", "east", None, "south", "north", "south"]
+    got = nearness(names, right([1], [2], [1], [3], [1, 2], [1, 2]), np.zeros(6, bool), nodes, Compass(), bank)
+    np.testing.assert_allclose(got.mean_P, [1, 0, 0, np.nan, 0, 1])
+    np.testing.assert_allclose(got.rank_P, [1, 2, np.inf, np.nan, 1, 1])  # of the leaves B, C, D
+    top = nearness(["east", "north-east", "south"], right([0], [0], [0]), np.ones(3, bool), nodes, Compass(), bank)
+    np.testing.assert_allclose(top.mean_P, [0.4, 0.8, -0.8], atol=1e-6)  # of its own phrases
+    np.testing.assert_allclose(top.rank_P, [1, 1, 2])  # its subcategory is "east", and counts for it
+    assert top.valid_PS.all() and ranks(got)["naming_top1"][:2].tolist() == [1, 0]
+
+
+def test_an_id_that_is_right_beside_a_name_is_no_missed_ood():
+    """Row 4 of ROWS with node 2 accepted, answered by its id."""
+    row = (*ROWS[4][:10], ID, 0, 0.0)
+    rows = arrays([row, ROWS[0], ROWS[2]])
+    assert summarise(rows)["ood_recall"] == 0 and summarise(rows)["naming"] == 0
+    accepted_PN = rows.gold.accepted_PN.copy()
+    accepted_PN[0, 2] = True
+    got = summarise(rows._replace(gold=rows.gold.replace(accepted_PN=accepted_PN)))
+    assert got["ood_recall"] == 1 and "naming" not in got
 
 
 def test_shapes_must_agree():

@@ -20,11 +20,12 @@ from pgjax.data.rows import conversation
 from pgjax.data.schema import MODALITIES
 from pgjax.data.sources.label_map import outside
 from pgjax.evaluation.command import make_judges
+from pgjax.evaluation.metrics import interval_of_means
 from pgjax.evaluation.obedience import CONDITIONS, obedience
-from pgjax.evaluation.passes import evaluate_set, never_seen, whole, without
+from pgjax.evaluation.passes import evaluate_set, is_never_seen, judged, never_seen, second, whole
 from pgjax.evaluation.summary import summary
 from pgjax.serving.engine import Told
-from pgjax.serving.guard import Case, Guard, How
+from pgjax.serving.guard import Case, Guard, How, Unfit
 from pgjax.taxonomy import node_of_id
 
 LINES = ("request", "response")
@@ -96,7 +97,7 @@ def evaluated(guard, rows, judges):
 
 def test_right_answers_score_fully(guard, judges, monkeypatch):
     written(guard, functools.partial(right, guard), monkeypatch)
-    one, answered = evaluated(guard, examples() + natural(), judges)
+    one, _, [answered, _] = evaluated(guard, examples() + natural(), judges)
     found = summary([one], resamples=20)["benchmarks"]["toy"]
     assert found["n"] == len(examples()) + 3 == found["n_parsed"] and found["f1_unsafe"] == found["f1_weighted"] == 1
     assert found["response"]["accuracy"] == found["category"]["accuracy"] == 1 and found["fpr"] == 0
@@ -118,13 +119,38 @@ def test_what_prompts_show(guard):
     """As many entries as in training; the gold one among them, or nothing that would be right; the same for the same seed."""
     policy, low_high = guard.policy(), guard.recipe.data.ood.keep
     for example in examples():
-        shown, hidden = whole(guard, policy, example, 0), without(guard, policy, example, 0) if example.node else None
+        shown = whole(guard, policy, example, 0)
         assert shown == whole(guard, policy, example, 0)
-        assert low_high[0] <= len(shown.answerable) <= low_high[1]
+        for view in (shown, *(second(guard, policy, example, 0, hide) for hide in (False, True))):
+            assert low_high[0] <= len(view.answerable) <= low_high[1]
         if example.node:
             gold = passes_node(guard, example, example.node)
-            assert gold in dict(shown.entries).values() and gold not in dict(hidden.entries).values()
+            views = shown, second(guard, policy, example, 0, False), second(guard, policy, example, 0, True)
+            assert [gold in dict(view.entries).values() for view in views] == [True, True, False]
     assert {guard.taxonomy.by_id(id).parent or id for id in never_seen(guard)} == {"C5", "C6"}
+
+
+def test_neither_length_nor_gaps_of_a_policy_tell_what_is_hidden(guard):
+    """Of a guard that was trained on whole policies: both halves of the second pass lack as many entries, in as many places."""
+    ood = dataclasses.replace(guard.recipe.data.ood, keep=None)
+    full = dataclasses.replace(guard, recipe=dataclasses.replace(guard.recipe, data=dataclasses.replace(guard.recipe.data, ood=ood)))
+    policy, rows = guard.policy(), [example for example in examples() if example.category == "node"]
+    accepted = [dataclasses.replace(example, accepted=("C8S2", "C9S1")) for example in rows]  # more than one is right
+    for group in (rows, accepted):
+        views = {hide: [second(full, policy, e, seed, hide) for e in group for seed in range(20)] for hide in (False, True)}
+        counts = {hide: [len(view.answerable) for view in found] for hide, found in views.items()}
+        assert set(counts[False]) == set(counts[True]) and abs(np.mean(counts[False]) - np.mean(counts[True])) < 0.35
+        assert all(
+            len(view.answerable) < len(policy.view(e.modality).answerable) for e, view in zip(group, views[False][::20], strict=True)
+        )
+
+
+def test_never_seen_is_what_no_prompt_of_training_showed(guard):
+    """At the level that a row is judged at, and only where nothing that would be right was shown."""
+    one = conversation("Hello.", None, None)
+    of = lambda modality, node, *more: dataclasses.replace(one, modality=modality, category="node", node=node, accepted=more)  # noqa: E731
+    assert is_never_seen(guard, of("text", "C5S1")) and not is_never_seen(guard, of("text", "C6S2", "C8S1"))
+    assert is_never_seen(guard, of("text_image", "C5S1")) and not is_never_seen(guard, one)
 
 
 def test_a_guard_that_reads_its_policy_obeys_and_one_that_knows_ids_by_heart_does_not(guard, monkeypatch):
@@ -136,20 +162,30 @@ def test_a_guard_that_reads_its_policy_obeys_and_one_that_knows_ids_by_heart_doe
 
     def read(example, view):
         listed = dict(view.entries)
-        gold = passes_node(guard, example, example.node)
+        gold = passes_node(guard, example, example.node) if example.node else -1
         nodes = {node: id for id, node in listed.items()}
         known = gold in nodes and nodes[gold] in view.answerable and not foreign(view)
         return answer_text("unsafe", "absent", nodes[gold] if known else "something else", "", example.modality, "think")
 
     foreign = lambda view: all(node < 6 and id == f"C{node + 1}" for id, node in view.entries)  # noqa: E731
+
+    def asked(seed: int):
+        first = judged(guard, guard.policy(), [(e, whole(guard, guard.policy(), e, seed)) for e in rows], How(), lambda: None)
+        return obedience(guard, first, How(), seed, lambda: None)
+
     written(guard, read, monkeypatch)
-    found = obedience(guard, rows, How(), 0, lambda: None)
+    found = asked(0)
     assert tuple(found) == CONDITIONS
     assert all(one["obeyed"] == 1 and one["n"] for name, one in found.items() if name != "foreign")
     written(guard, by_heart, monkeypatch)
-    found = obedience(guard, rows, How(), 3, lambda: None)
+    found = asked(3)
     assert found["hidden"]["obeyed"] == found["foreign"]["obeyed"] == 0 and 0 < found["permuted"]["obeyed"] < 1
-    assert obedience(guard, [e for e in rows if e.category == "none"], How(), 0, lambda: None) is None
+    written(guard, lambda example, view: "no answer", monkeypatch)
+    found = asked(0)
+    assert found["hidden"]["obeyed"] == found["foreign"]["obeyed"] == 0 < found["hidden"]["n"]
+    assert found["permuted"] == {"n": 0, "obeyed": None, "ci": None, "unsafe": [0, 0]}
+    rows = [e for e in rows if e.category == "none"]
+    assert asked(0) is None
 
 
 def test_the_command(run, guard, tmp_path, capsys, monkeypatch):
@@ -164,7 +200,10 @@ def test_the_command(run, guard, tmp_path, capsys, monkeypatch):
     keys = {"n", "n_parsed", "f1_unsafe", "f1_weighted", "precision", "recall", "fpr", "accuracy", "ci"}
     assert keys <= found["benchmarks"]["held_out"].keys() and "averages" in found and found["guard"]["not_a_guard"] is True
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(rows) == 12 and not {"request", "response", "answer", "images"} & rows[0].keys()
+    assert (
+        sum(row["pass"] == 1 for row in rows) == found["benchmarks"]["held_out"]["rows"] <= 12 < len(rows)
+        and not {"request", "response", "answer", "images"} & rows[0].keys()
+    )
     page, table = (out / "report.html").read_text(), (out / "tables.md").read_text()
     assert "<script" not in page and "held_out" in table and 'class="veil"' in page and "not a guard" in page
     assert main([*command, "--reveal"]) == 0
@@ -175,14 +214,26 @@ def test_what_cannot_be_evaluated(run, guard, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Guard, "load", lambda *_, **__: guard)
     monkeypatch.setattr(Guard, "close", lambda *_: None)
     command = ["evaluate", "--model", str(run), "--out", str(tmp_path / "out"), "--data", str(tmp_path)]
+    for flags, says in (
+        (["--out", str(run)], "is a run folder or a model"),
+        (["--limit", "0"], "--limit 0 must be 1 or more"),
+        (["--prompt-tokens", "20"], "no row can be shown whole"),
+    ):
+        longest = flags[1] if flags[0] == "--prompt-tokens" else "152"
+        data = dataclasses.replace(guard.recipe.data, prompt_tokens=int(longest))
+        short = dataclasses.replace(guard, recipe=dataclasses.replace(guard.recipe, data=data))
+        monkeypatch.setattr(Guard, "load", lambda *_, short=short, **__: short)
+        if flags[0] == "--prompt-tokens":
+            monkeypatch.setattr(Guard, "fitted", lambda *_: (_ for _ in ()).throw(Unfit("prompt", "too long")))
+        assert main([*command, "--benchmark", "held_out", *flags]) == 2
+        assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
     for name, says in (("figstap", "did you mean figstep"), ("xstest", "xstest_prompts.csv is not there")):
         assert main([*command, "--benchmark", name]) == 2
         assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_intervals_of_obedience_are_drawn_by_groups():
-    from pgjax.evaluation.obedience import _interval
-
-    alone = _interval(np.array([0.0, 1.0] * 20), [str(k) for k in range(40)], 0)
-    together = _interval(np.array([0.0] * 20 + [1.0] * 20), ["a"] * 20 + ["b"] * 20, 0)
-    assert together == [0.0, 1.0] and 0.3 < alone[0] < 0.5 < alone[1] < 0.7
+def test_intervals_are_drawn_by_groups():
+    value_P1 = np.repeat([0.0, 1.0], 20)[:, None]
+    alone = interval_of_means(value_P1, [str(k) for k in range(40)])[:, 0]
+    together = interval_of_means(value_P1, ["a"] * 20 + ["b"] * 20)[:, 0]
+    assert together.tolist() == [0.0, 1.0] and 0.3 < alone[0] < 0.5 < alone[1] < 0.7

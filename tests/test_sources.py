@@ -26,7 +26,7 @@ from pgjax.data.sources.files import data_root, read_csv, read_json_lines, split
 from pgjax.data.sources.label_map import LabelMap
 from pgjax.data.sources.mix import public_mix
 from pgjax.data.sources.pictures import drawn, figstep, mossbench
-from pgjax.data.sources.texts import openai_moderation, surge_toxicity
+from pgjax.data.sources.texts import openai_moderation, openai_moderation_strict, surge_toxicity
 from pgjax.data.toy import toy_texts
 from pgjax.data.typography import ACTIVITIES, OPENERS, REQUEST, SIDE, benign_titles, render
 from pgjax.recipes import load_recipe
@@ -135,7 +135,7 @@ def test_openai_moderation(tmp_path):
             {"prompt": " ", **ZEROS},
         ],
     )
-    read = openai_moderation(tmp_path, TAXONOMY)
+    read = openai_moderation_strict(tmp_path, TAXONOMY)
     assert read.left_out == {"label unknown": 1, "withheld category": 1, "empty": 1}
     safe, several, one = read.examples
     assert known(safe) == ("safe", "none", None, ()) and safe.request == f"two{LINE_SEPARATOR}lines{NEXT_LINE}here"
@@ -207,10 +207,10 @@ def test_a_missing_root_says_what_to_set(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("reader", "path", "data", "message"),
     [
-        (openai_moderation, "openai_moderation/samples.jsonl.gz", b"not gzip", "is broken"),
-        (openai_moderation, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"pro'), ":2: not JSON"),
-        (openai_moderation, "openai_moderation/samples.jsonl.gz", gzip.compress(b'[1]\n'), ":1: expected an object"),
-        (openai_moderation, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 2}\n'), "row 1 needs"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", b"not gzip", "is broken"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"pro'), ":2: not JSON"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'[1]\n'), ":1: expected an object"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 2}\n'), "row 1 needs"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text\nhello\n", "lacks the column 'is_toxic'"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello\n", ":2: the row ends early"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello,Maybe\n", "row 1 has a label"),
@@ -277,7 +277,7 @@ def test_copies_over_two_sets_stay_together(root, tmp_path):
     for k in range(12):
         write_openai(tmp_path, [{"prompt": f"Lamp {k}", **ZEROS}])
         write_surge(tmp_path, [(f"lamp  {k}!", "Not Toxic")])
-        [a], [b] = (reader(tmp_path, TAXONOMY).examples for reader in (openai_moderation, surge_toxicity))
+        [a], [b] = (reader(tmp_path, TAXONOMY).examples for reader in (openai_moderation_strict, surge_toxicity))
         assert (a.group, a.split) == (b.group, b.split)
 
 
@@ -286,7 +286,7 @@ def test_limits_take_a_share_of_every_source(root, examples):
     assert Counter(e.split for e in few) == {"train": 90, "eval": 20}
     assert [e for e in few if e.split == "eval"] == [e for e in examples if e.split == "eval"][:20]
     assert {e.source for e in few if e.split == "train"} == {"openai_moderation", "surge_toxicity", "figstep", "typography"}
-    assert left_out == {"openai_moderation": {}, "surge_toxicity": {}, "figstep": {}, "drawn": {}, "mossbench": {}}
+    assert left_out == {"openai_moderation_strict": {}, "surge_toxicity": {}, "figstep": {}, "drawn": {}, "mossbench": {}}
 
 
 def test_nothing_trains_on_a_set_for_evaluation_only(root, tokenizer):
@@ -360,7 +360,8 @@ real = pytest.mark.skipif(not os.environ.get("PGJAX_DATA"), reason="PGJAX_DATA n
 def test_counts_of_the_real_files():
     root = data_root(None)
     for reader, count, unsafe, left_out in (
-        (openai_moderation, 774, 437, {"label unknown": 821}),
+        (openai_moderation_strict, 774, 437, {"label unknown": 821}),
+        (openai_moderation, 1595, 437, {}),
         (surge_toxicity, 1000, 501, {}),
         (figstep, 500, 500, {}),
         (mossbench, 524, 235, {"no picture": 20}),

@@ -123,12 +123,12 @@ def test_the_summary_is_json_with_the_promised_keys():
 
 
 def test_averages_by_hand():
-    """F1 of the unsafe class 1 over 4 rows and 2/3 over 2; the all-safe set has none, but a weighted F1."""
-    sets = {"one": requests(2, 0, 2, 0), "two": requests(1, 0, 0, 1), "safe": requests(0, 0, 4, 0)}
+    """F1 of the unsafe class 1 over 4 rows and 2/3 over 2; an all-safe set has none, and so counts in neither average; nor do our own."""
+    sets = {"one": requests(2, 0, 2, 0), "two": requests(1, 0, 0, 1), "safe": requests(0, 0, 4, 0), "held_out": requests(0, 2, 2, 0)}
     found = summary([evaluated(name, first) for name, first in sets.items()], 20)["averages"]["request"]
     assert found["all"]["f1_unsafe"] == {"mean": pytest.approx(5 / 6), "row_weighted": pytest.approx(16 / 18), "sets": ["one", "two"]}
     weighted = found["all"]["f1_weighted"]
-    assert weighted["sets"] == ["one", "two", "safe"] and weighted["row_weighted"] == pytest.approx((4 + 2 / 3 + 4) / 10)
+    assert weighted["sets"] == ["one", "two"] and weighted["row_weighted"] == pytest.approx((4 + 2 / 3) / 6)
     assert found["paper"] == {"f1_unsafe": None, "f1_weighted": None}
 
 
@@ -296,7 +296,7 @@ def test_every_form_has_every_cell_and_note(form):
 def test_hostile_names_stay_words():
     for word in HOSTILE:
         found = full_summary(word)
-        page = as_html(found, word, {word: word}, warning=word)
+        page = as_html(found | {"not_evaluated": {"set": word}, "trained_on": {word: 3}}, word, {word: word})
         assert Page(page).balanced and is_harmless(Page(page)) and "default-src 'none'" in page
         marked = as_markdown(found, word)
         assert "<" not in marked and not set("\u202e\u200b\x00\x1b") & set(marked + as_text(found, word))

@@ -12,7 +12,7 @@ from pgjax.evaluation.calibration import reliability as bins
 from pgjax.pages.charts import reliability, short, text
 from pgjax.pages.page import facts, table_of, whole_page
 from pgjax.serving.calibration import Calibration
-from pgjax.serving.guard import Guard, How, Policy
+from pgjax.serving.guard import Guard, How, Policy, Unfit
 from pgjax.serving.verdict import printable
 from pgjax.train.progress import Progress
 
@@ -46,7 +46,7 @@ def calibrate(guard: Guard, examples: Sequence[Example], policy: Policy, how: Ho
     left_out, cases = Counter[str](), []
     with Progress("calibrate", len(examples)) as progress:
         for number, case in enumerate(guard.judge(((example, None) for example in examples), policy, how), 1):
-            if isinstance(case, ValueError):
+            if isinstance(case, Unfit):
                 left_out[f"rows: {str(case).partition(': ')[2]}"] += 1
             else:
                 cases.append(case)

@@ -1,13 +1,14 @@
 """`pgjax evaluate`: benchmarks through a guard; evaluation.json, tables.md, report.html and answers.jsonl."""
 
 import argparse
+import itertools
 import json
-import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pgjax.bank import PUBLISHED_MAX, PUBLISHED_MEAN
+from pgjax import automaton as answers
 from pgjax.data.build import read_dataset
 from pgjax.data.schema import UNSAFE, Example
 from pgjax.data.sources.benchmarks import BENCHMARKS, read_benchmark
@@ -18,68 +19,84 @@ from pgjax.evaluation.obedience import CONDITIONS, obedience
 from pgjax.evaluation.passes import Judges, evaluate_set
 from pgjax.evaluation.probes import probe_gaps
 from pgjax.evaluation.samples import sample_rows
-from pgjax.evaluation.summary import summary
+from pgjax.evaluation.summary import HELD_OUT, PROBES, Evaluated, summary
 from pgjax.files import replace_file
 from pgjax.models.sentence_encoder import load_embedder
 from pgjax.models.static_encoder import load_static_encoder
 from pgjax.pages.samples import ROWS, thumbnail, wrong_and_right
 from pgjax.serving.guard import Guard, How
-from pgjax.train.materials import make_banks
+from pgjax.serving.verdict import free_name
 from pgjax.train.progress import Progress
-
-HELD_OUT, PROBES = "held_out", "probes"  # the benchmark that a run folder brings along, and ours that comes with the package
 
 
 def run(folder: Path, args: argparse.Namespace, how: How, options: dict[str, Any]) -> tuple[dict, str]:
-    """The summary (evaluation/summary.py, with `guard`, and `obedience` by benchmark) and its tables as text; writes the files."""
+    """The summary (evaluation/summary.py, with `guard`, `not_evaluated`, `obedience` and `probes`) and its tables as text; writes the
+    files. ValueError where nothing could be evaluated."""
     out = Path(args.out)
+    if (out / "config.json").exists():
+        raise ValueError(f"--out {out} is a run folder or a model, whose report would be overwritten; give another")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} must be 1 or more")
     with Guard.load(folder, **options) as guard:
         sets = {name: read_set(guard, folder, name, args) for name in dict.fromkeys(args.benchmark)}
-        found: dict[str, Any] = {"obedience": {}}
+        found: dict[str, Any] = {"not_evaluated": {}, "trained_on": trained_on(guard, sets), "obedience": {}, "probes": {}}
         judges = make_judges(guard)
-        evaluated, kept = [], []
+        evaluated: list[Evaluated] = []
+        rows: list[dict] = []
         with Progress("evaluate", sum(expected(read.examples, args.obedience) for read, _ in sets.values())) as progress:
-            rows = 0
-
-            def seen() -> None:
-                nonlocal rows
-                rows += 1
-                progress.update(rows)
-
+            steps = itertools.count(1)
+            seen = lambda: progress.update(next(steps))  # noqa: E731
             for name, (read, lines) in sets.items():
                 rest = guard.policy(), name, read.examples, lines, read.left_out, how, judges, args.seed, seen
                 try:
-                    one, answered = evaluate_set(guard, *rest)
+                    one, first, answered = evaluate_set(guard, *rest)
                 except ValueError as error:
-                    if len(sets) == 1:
-                        raise
-                    print(f"pgjax: left out: {error}", file=sys.stderr)
+                    found["not_evaluated"][name] = str(error)
                     continue
                 evaluated.append(one)
+                rows += samples(guard, name, answered)
                 if name == PROBES:
-                    found["probes"] = probe_gaps(flagged(answered), seed=args.seed)
-                kept += samples(guard, name, answered)
-                if args.obedience and (obeyed := obedience(guard, read.examples, how, args.seed, seen)):
+                    found["probes"] = probe_gaps(flagged(answered[0]), seed=args.seed)
+                if args.obedience and (obeyed := obedience(guard, first, how, args.seed, seen)):
                     found["obedience"][name] = obeyed
-        about = {
-            "model": str(folder),
-            "mode": how.mode,
-            "samples": how.samples,
-            "threshold": how.threshold,
-            "calibrated": guard.calibration is not None,
-            "bound": guard.bound,
-            "seed": args.seed,
-            "rows of each set": "all" if args.limit is None else f"at most {args.limit}",
-            "not_a_guard": guard.recipe.not_a_guard,
-        }
-        whole = summary(evaluated, seed=args.seed) | found | {"guard": about}
-        write(out, guard, whole, kept, {e.id: e for read, _ in sets.values() for e in read.examples}, args.reveal)
+        if not evaluated:
+            raise ValueError("; ".join(found["not_evaluated"].values()))
+        whole = summary(evaluated, seed=args.seed) | found | {"guard": about(guard, folder, how, args, first.verdicts[0])}
+        write(out, guard, whole, rows, {e.id: e for read, _ in sets.values() for e in read.examples}, args.reveal)
     return whole, tables.as_text(whole, folder.name)
 
 
+def about(guard: Guard, folder: Path, how: How, args: argparse.Namespace, verdict: dict) -> dict[str, Any]:
+    """What the figures were made with; what decides is read off a verdict."""
+    return {
+        "model": str(folder),
+        "mode": how.mode,
+        "samples": how.samples,
+        "threshold": verdict["threshold"],
+        "calibrated": verdict["calibrated"],
+        "bound": guard.bound,
+        "longest prompt": guard.recipe.data.prompt_tokens,
+        "embedder": guard.recipe.reward.embedder or "all-MiniLM-L6-v2",
+        "seed": args.seed,
+        "rows of each set": ("held-out ones" if args.held_out else "all") + (f", at most {args.limit}" if args.limit else ""),
+        "trained on": guard.recipe.data.name,
+        "not_a_guard": guard.recipe.not_a_guard,
+    }
+
+
+def trained_on(guard: Guard, sets: Mapping[str, tuple[Read, tuple[str, ...]]]) -> dict[str, int]:
+    """By set, the rows that the guard's training may have used; those without any are left out."""
+    if guard.recipe.data.name != "public_mix":
+        return {}
+    rows = {name: sum(example.split == "train" for example in read.examples) for name, (read, _) in sets.items()}
+    return {name: number for name, number in rows.items() if number}
+
+
 def expected(examples: list[Example], obeying: bool) -> int:
-    """Answers that a set takes: the first pass, and what is asked of the rows with a known category."""
-    return len(examples) + sum(e.category == "node" for e in examples) * (1 + obeying * (1 + len(CONDITIONS)))
+    """Answers that a set takes: the first pass, what the second asks of rows with a known category, and what obedience does."""
+    about = sum(example.category == "node" for example in examples)
+    known = about + sum(example.category == "none" for example in examples) if about else 0
+    return len(examples) + known + obeying * about * len(CONDITIONS)
 
 
 def flagged(answered: Answered) -> dict[str, bool]:
@@ -107,37 +124,40 @@ def read_set(guard: Guard, folder: Path, name: str, args: argparse.Namespace) ->
 
 
 def first_groups(examples: list[Example], limit: int) -> list[Example]:
-    """At most so many rows, in an order by a hash of their groups' names."""
-    return sorted(examples, key=lambda example: (order_of(example.group), example.id))[:limit]
+    """At most so many rows, whole groups in an order by a hash of their names; of a larger first group its first rows."""
+    ordered = sorted(examples, key=lambda example: (order_of(example.group), example.group, example.id))
+    while 0 < limit < len(ordered) and ordered[limit - 1].group == ordered[limit].group != ordered[0].group:
+        limit -= 1
+    return ordered[:limit]
 
 
 def make_judges(guard: Guard) -> Judges:
-    embedder = load_embedder(guard.recipe.reward.embedder)
-    bank, _ = make_banks(guard.recipe, guard.taxonomy, embedder)
     second = load_static_encoder()
-    encoders = {"naming": embedder} | ({"naming_second": second} if second else {})
-    published = guard.recipe.reward.variant == "published"
-    thresholds = (PUBLISHED_MAX, PUBLISHED_MEAN) if published else (float(bank.max_threshold), float(bank.mean_threshold))
-    return Judges.of(guard, encoders, thresholds)
+    embedder = load_embedder(guard.recipe.reward.embedder)
+    return Judges.of(guard.taxonomy, {"naming": embedder} | ({"naming_second": second} if second else {}))
 
 
-def samples(guard: Guard, name: str, answered: Answered) -> list[dict]:
-    """Rows for the report, texts among them; ids are unique over benchmarks, `example` is the row's own."""
-    rows = sample_rows(answered, guard.taxonomy, True)
-    return [row | {"id": f"{name}/{row['id']}", "example": row["id"]} for row in rows]
+def samples(guard: Guard, name: str, answered: list[Answered]) -> list[dict]:
+    """Rows of both passes, texts and names among them; ids are unique, `example` is the row's own."""
+    rows = []
+    for number, one in enumerate(answered, 1):
+        for row, text in zip(sample_rows(one, guard.taxonomy, True), one.texts, strict=True):
+            said = free_name(answers.category_text(text) or "") if row["verdict"]["kind"] == answers.NAME else None
+            own = {"id": f"{name}/{row['id']}" + "/second" * (number - 1), "example": row["id"], "pass": number, "name": said}
+            rows.append(row | own)
+    return rows
 
 
 def write(out: Path, guard: Guard, found: dict, rows: list[dict], examples: dict[str, Example], reveal: bool) -> None:
-    """answers.jsonl has no texts: content stays in the report, folded."""
+    """answers.jsonl has no texts but the names that the guard gave: content stays in the report, folded. The report has the first pass."""
     out.mkdir(parents=True, exist_ok=True)
-    name = Path(found["guard"]["model"]).name
-    for part in wrong_and_right(rows).values():
+    name, first = Path(found["guard"]["model"]).name, [row for row in rows if row["pass"] == 1]
+    for part in wrong_and_right(first).values():
         for row in part[:ROWS]:
             row["images"] = [thumbnail(image) for image in examples[row["example"]].images]
     bare = lambda row: {key: value for key, value in row.items() if key not in ("request", "response", "answer", "images", "example")}  # noqa: E731
     replace_file(out / "answers.jsonl", "".join(json.dumps(bare(row)) + "\n" for row in rows))
     replace_file(out / "evaluation.json", json.dumps(found, indent=1) + "\n")
     replace_file(out / "tables.md", tables.as_markdown(found, name))
-    warning = "toy model: not a guard" if found["guard"]["not_a_guard"] else ""
-    page = tables.as_html(found, name, found["guard"], tables.sample_section(rows, guard.taxonomy, reveal), warning)
+    page = tables.as_html(found, name, found["guard"], tables.sample_section(first, guard.taxonomy, reveal))
     replace_file(out / "report.html", page)

@@ -1,7 +1,8 @@
 """Greedy answers to a held-out split, and what is scored of them."""
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,10 @@ from pgjax import automaton as answers
 from pgjax.automaton import Verdict
 from pgjax.bank import Bank, build_bank
 from pgjax.data.pipeline import Batch, Pipeline
-from pgjax.data.schema import CATEGORY_OOD
-from pgjax.evaluation.metrics import Rows, mean_similarity, retrieval_rank
+from pgjax.data.schema import CATEGORY_OOD, TEXT_IMAGE
+from pgjax.evaluation.metrics import Rows, mean_similarity
+from pgjax.evaluation.naming import nearness, ranks
 from pgjax.generate.labels import label_probability
-from pgjax.models.sentence_encoder import TextEncoder
 from pgjax.models.static_encoder import load_static_encoder
 from pgjax.parallel.mesh import local_rows, place_rows
 from pgjax.tokenizer import answer_texts
@@ -58,8 +59,8 @@ def evaluate(
 ) -> Rows:
     """The whole split's rows, of all processes, for evaluation/metrics.py; `seen` gets each batch, for samples and progress.
 
-    `bank` holds never-seen nodes too. `full` adds what costs more: label scores (AUROC), the rank of the gold node among all nodes
-    by the reward's embedder (`naming_mrr`, `naming_top1`), and the similarity by another embedder where it is installed (`naming_second`).
+    `bank` holds never-seen nodes too. `full` adds what costs more: label scores (AUROC), the rank of the gold node by the reward's embedder
+    (`naming_mrr`, `naming_top1`; evaluation/naming.py), and the similarity by another embedder where one is installed (`naming_second`).
     """
     batches = []
     for answered in answer(programs, weights, pipeline, bank, prompts, full):
@@ -72,30 +73,14 @@ def evaluate(
         named_P = np.asarray(verdict.parsed & (verdict.kind == answers.NAME) & (gold.category_P == CATEGORY_OOD))
         texts = [text for b in batches for text in b.texts]
         names = [answers.category_text(text) if named else None for text, named in zip(texts, named_P, strict=True)]
-        _, rank_P = nearness(names, gold.node_P, programs.embedder, bank)
-        naming |= {"naming_mrr": 1 / rank_P, "naming_top1": np.where(np.isnan(rank_P), np.nan, rank_P == 1)}
+        judge = partial(nearness, names, gold.accepted_PN.astype(bool), gold.modality_P == TEXT_IMAGE, pipeline.taxonomy)
+        naming |= ranks(judge(programs.embedder, bank))
         if second := load_static_encoder():
             valid_NS = np.asarray(bank.valid_NS)
             without = [node.id for node, valid_S in zip(pipeline.taxonomy.nodes, valid_NS, strict=True) if not valid_S.any()]
-            naming["naming_second"], _ = nearness(names, gold.node_P, second, build_bank(pipeline.taxonomy, second, without))
+            naming["naming_second"] = judge(second, build_bank(pipeline.taxonomy, second, without)).mean_P
     group_P = np.concatenate([_groups(b.batch, len(b.texts)) for b in batches])
     return process_allgather(Rows(verdict, gold, group_P, scores, naming), tiled=True)
-
-
-def nearness(names: Sequence[str | None], node_P: np.ndarray, encoder: TextEncoder, bank: Bank) -> tuple[np.ndarray, np.ndarray]:
-    """Mean similarity [P] of each name to its gold node's phrases, and that node's rank [P] among all (`retrieval_rank`).
-
-    Without a name 0 and infinity; NaN where the gold has no phrases.
-    """
-    embedding_NSE, valid_NS = np.asarray(bank.embedding_NSE), np.asarray(bank.valid_NS)
-    has_P = (node_P >= 0) & valid_NS[node_P].any(axis=1)
-    near_P, rank_P = np.where(has_P, 0.0, np.nan), np.where(has_P, np.inf, np.nan)
-    said = np.array([p for p, name in enumerate(names) if name and has_P[p]], int)
-    similarity_PNS = np.einsum("pe,nse->pns", encoder.texts([names[p] or "" for p in said]), embedding_NSE)
-    node = node_P[said]
-    near_P[said] = mean_similarity(similarity_PNS[np.arange(len(said)), node], valid_NS[node])
-    rank_P[said] = retrieval_rank(similarity_PNS, valid_NS, node)
-    return near_P, rank_P
 
 
 def _groups(batch: Batch, P: int) -> np.ndarray:

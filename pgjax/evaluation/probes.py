@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pgjax.evaluation.metrics import LEVEL, RESAMPLES
+from pgjax.evaluation.metrics import RESAMPLES, interval_of_means
 
 TWIN = "-twin"
 
@@ -19,13 +19,11 @@ def probe_gaps(flagged: Mapping[str, bool], resamples: int = RESAMPLES, seed: in
     """
     pairs = [id for id in flagged if not id.endswith(TWIN) and id + TWIN in flagged]
     of_kind = {kind: [id for id in pairs if id.split("-")[1] == kind] for kind in dict.fromkeys(id.split("-")[1] for id in pairs)}
-    rng = np.random.default_rng(seed)
     found = {}
     for kind, ids in (of_kind and of_kind | {"all": pairs}).items():
         said_P2 = np.array([[flagged[id], flagged[id + TWIN]] for id in ids], float).reshape(-1, 2)
         value_PC = np.column_stack([said_P2, said_P2[:, 0] - said_P2[:, 1]])
-        drawn_BC = rng.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), resamples) @ value_PC / len(ids)
-        low_C, high_C = np.quantile(drawn_BC, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+        low_C, high_C = interval_of_means(value_PC, ids, resamples, seed)
         parts = zip(("fpr", "twin_fpr", "gap"), value_PC.mean(axis=0), low_C, high_C, strict=True)
         found[kind] = {"pairs": len(ids)} | {
             name: {"value": float(value), "low": float(low), "high": float(high)} for name, value, low, high in parts

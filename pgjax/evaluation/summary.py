@@ -17,6 +17,7 @@ from pgjax.data.schema import CATEGORY_OOD, UNSAFE
 from pgjax.evaluation.metrics import LEVEL, RESAMPLES, Rows, labelled, summarise, table
 
 LINES = ("request", "response")
+HELD_OUT, PROBES = OWN = "held_out", "probes"  # a run's held-out rows, and harmless requests of ours: in no average
 F1 = {"f1_unsafe": "f1", "f1_weighted": "weighted_f1"}  # our key -> the one of metrics.py
 BINARY = F1 | {name: name for name in ("precision", "recall", "fpr", "accuracy")}
 OOD = {"natural": "_masked", "masked": "_masked", "never_seen": "_never_seen"}  # in the first pass nothing is masked: `_masked` is natural
@@ -115,18 +116,20 @@ def _picked(found: dict, names: Mapping[str, str]) -> dict:
 
 
 def averages(benchmarks: Mapping[str, dict]) -> dict:
-    """For requests and responses and both F1: `all`, over every set that defines it, and `paper`, over the sets of the published average.
+    """For requests and responses and both F1: `all`, over every public set that defines both, and `paper`, over the sets of the published
+    average.
 
     Each is as `average` gives it, null where no set, or not every one of the paper's, is there. Rows weight `all` by their number here,
     `paper` by the numbers that give the published averages, so that a part of a set does not change what is compared.
     """
     out: dict[str, dict] = {}
     for line in LINES:
-        entries = {name: entry for name, one in benchmarks.items() if (entry := line_of(one, line))}
+        entries = {name: entry for name, one in benchmarks.items() if name not in OWN and (entry := line_of(one, line))}
+        entries = {name: entry for name, entry in entries.items() if all(entry[key] is not None for key in F1)}
         rows, published_rows = {name: entry["n"] for name, entry in entries.items()}, published()["rows"][line]
         out[line] = {"all": {}, "paper": {}}
         for key in F1:
-            values = {name: entry[key] for name, entry in entries.items() if entry[key] is not None}
+            values = {name: entry[key] for name, entry in entries.items()}
             has_all = published_rows.keys() <= values.keys()
             out[line]["all"][key] = average(values, rows) if values else None
             out[line]["paper"][key] = average({name: values[name] for name in published_rows}, published_rows) if has_all else None

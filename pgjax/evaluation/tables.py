@@ -22,7 +22,8 @@ CONVENTIONS = {
     "unsafe": "F1 of the unsafe class",
     "accuracy": "accuracy over rows whose gold category the policy lists; guards with a taxonomy of their own were given other policies",
     "unstated": "F1, the paper does not say of which kind; hence both of ours",
-    "bonus": "the naming bonus of the reward alone, mean over OOD rows with 0 for misses (ours at most 50; the paper states no scale)",
+    "bonus": "the naming bonus of the reward alone, by the published thresholds 0.7 and 0.6, mean over OOD rows with 0 for misses (ours at "
+    "most 50; the paper states no scale, and its encoder is another)",
 }
 FIGURES = {  # of OOD
     "n": "rows",
@@ -126,6 +127,8 @@ def _line(line: str, entries: Mapping[str, dict], summary: dict, guard: str) -> 
     columns = ("benchmark", UNSAFE, WEIGHTED, f"{UNSAFE}, parsed only", f"{WEIGHTED}, parsed only")
     note = f"Percent. Two conventions, never to be compared with each other; {FAILURES}, and is left out where it says parsed only. "
     note += "Row-weighted: each set counts by its rows; the paper's sets by the rows that give its printed averages."
+    if means["all"]["f1_unsafe"]:
+        note += f" Means over all sets: of {', '.join(means['all']['f1_unsafe']['sets'])}."
     yield Table(title, f"{title}, both F1 conventions", columns, rows, note)
     for suffix, key in {"": "f1_weighted", "_unsafe": "f1_unsafe"}.items():
         ours = {name: one[key] for name, one in entries.items()}
@@ -180,20 +183,28 @@ def _beside(section: str, title: str, key: str, ours: Mapping[str, Mapping[str, 
 # --- text, Markdown, HTML ----------------------------------------------------------------------------------------------------------
 
 
+def remarks(summary: dict) -> list[str]:
+    """What must be read before any figure."""
+    toy = ["A toy or demo model: not a guard."] if summary.get("guard", {}).get("not_a_guard") else []
+    used = ", ".join(f"{name} ({number})" for name, number in summary.get("trained_on", {}).items())
+    seen = [f"Rows that this guard may have been trained on are in {used}; --held-out leaves them out."] if used else []
+    return toy + seen + [f"Not evaluated: {why}" for why in summary.get("not_evaluated", {}).values()]
+
+
 def as_text(summary: dict, guard: str = "this guard") -> str:
     """For a terminal: columns aligned."""
-    parts = []
+    parts = [fill(_flat(line), 120) for line in remarks(summary)]
     for table in tables(summary, guard):
         lines = [[_flat(cell) for cell in line] for line in (table.columns, *table.rows)]
         wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
         pad = lambda line, wide=wide: [line[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(line[1:], wide[1:], strict=True))]  # noqa: E731
-        parts.append("\n".join([table.title, *("  ".join(pad(line)).rstrip() for line in lines), fill(table.note, 120)]))
+        parts.append("\n".join([table.title, *("  ".join(pad(line)).rstrip() for line in lines), fill(_flat(table.note), 120)]))
     return "\n\n".join(parts) + "\n"
 
 
 def as_markdown(summary: dict, guard: str = "this guard") -> str:
     """Tables for a README, headings of the third level."""
-    parts = []
+    parts = [_marked(line) for line in remarks(summary)]
     for table in tables(summary, guard):
         lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1)), *(map(_marked, row) for row in table.rows)]
         parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_marked(table.note)}")
@@ -209,12 +220,13 @@ def _marked(cell: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*[]|~" else c for c in escape(_flat(cell), quote=False))
 
 
-def as_html(summary: dict, guard: str, about: Mapping[str, object], samples: str = "", warning: str = "") -> str:
+def as_html(summary: dict, guard: str, about: Mapping[str, object], samples: str = "") -> str:
     """A whole page without scripts: charts, tables, and `samples` (markup of `sample_section`).
 
-    `about` stands on top, names over values, as does a `warning`.
+    `about` stands on top, names over values.
     """
-    header = f"<h1>{text(guard, 200)}</h1>" + (f'<p class="warning">{text(warning)}</p>' if warning else "") + facts(about)
+    warnings = "".join(f'<div><p class="warning">{text(line)}</p></div>' for line in remarks(summary))
+    header = f"<h1>{text(guard, 200)}</h1>{warnings}{facts(about)}"
     sections = {"Charts": grid(charts(summary))}
     for table in tables(summary, guard):
         rows = "".join(f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>" for row in table.rows)

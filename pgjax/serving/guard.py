@@ -62,6 +62,14 @@ class Policy:
         return full_view(self.taxonomy, level_of(modality), self.hidden)
 
 
+class Unfit(ValueError):
+    """A conversation that cannot be shown whole; `reason` in a few words."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class Case(NamedTuple):
     """A conversation on its way through the engine."""
 
@@ -151,27 +159,28 @@ class Guard:
 
     def fitted(self, example: Example, policy: Policy, view: PolicyView) -> Example:
         """The example as the prompt can show it: pictures that take more patches than the model's share for each are made smaller.
-        ValueError where it cannot be shown whole."""
-        data = self.recipe.data
+        Unfit where it cannot be shown whole."""
+        data, where = self.recipe.data, example.id
         reasons = {
             "prompt": f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model; "
             "list fewer categories or shorten the conversation",
             "patches": f"the images take more than the {data.patches} patches of the model; give fewer",
             "image": "the image cannot be read",
+            "reserved": "it is about a category that no prompt may show",
         }
         try:
             share = data.patches // max(len(example.images), 1)
             images = tuple(shrunk(image, self.recipe.model.vision, share) for image in example.images)
         except ValueError as error:
-            raise ValueError(f"{example.id}: image: {error}") from error
+            raise Unfit("image", f"{where}: image: {error}") from error
         example = dataclasses.replace(example, images=images)
         if reason := policy.renderer.unfit(example, view):
-            raise ValueError(f"{example.id}: {reasons[reason]}")
+            raise Unfit(reason, f"{where}: {reasons[reason]}")
         return example
 
     def ask(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None) -> tuple[Ask, np.ndarray]:
         """What the engine is asked, and which node each id stands for. `view` is what the prompt shows; None is the whole policy.
-        ValueError as `fitted`, and where the shortest answer is too long for this guard."""
+        Unfit as `fitted`, and where the shortest answer is too long for this guard."""
         view = view or policy.view(example.modality)
         opening, example = self.opening(how.mode), self.fitted(example, policy, view)
         prompt = policy.renderer.prompt(example, view, opening, self.engine.prompt_tokens)
@@ -194,21 +203,21 @@ class Guard:
         )
         needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min())
         if ask.bound and needed > ask.limit:
-            raise ValueError(f"an answer takes at least {needed} tokens; this guard writes at most {ask.limit}")
+            raise Unfit("answer", f"{example.id}: an answer takes at least {needed} tokens; this guard writes at most {ask.limit}")
         return ask, node_of_id_K
 
     def submit(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None, wait: bool = False) -> Case:
-        """Into the engine's queue; `wait` while it is full, else raise Full. ValueError as `ask`."""
+        """Into the engine's queue; `wait` while it is full, else raise Full. Unfit as `ask`."""
         ask, node_of_id_K = self.ask(example, policy, how, view)
         return Case(example, policy, how, node_of_id_K, self.engine.submit(ask, wait))
 
-    def judge(self, rows: Iterable[tuple[Example, PolicyView | None]], policy: Policy, how: How = How()) -> Iterator[Case | ValueError]:
+    def judge(self, rows: Iterable[tuple[Example, PolicyView | None]], policy: Policy, how: How = How()) -> Iterator[Case | Unfit]:
         """Every row's case when it has its answers, in order, or why it cannot be shown; a few are on their way at a time."""
-        flight: deque[Case | ValueError] = deque()
+        flight: deque[Case | Unfit] = deque()
         for example, view in rows:
             try:
                 flight.append(self.submit(example, policy, how, view, wait=True))
-            except ValueError as error:
+            except Unfit as error:
                 flight.append(error)
             if len(flight) >= 2 * self.engine.rows:
                 yield _answered(flight.popleft())
@@ -230,10 +239,10 @@ class Guard:
         return said | {"mode": how.mode, "samples": how.samples, "not_a_guard": self.recipe.not_a_guard}
 
     def verdicts(self, examples: Sequence[Example], policy: Policy, how: How = How()) -> Iterator[dict]:
-        """A verdict for each conversation, in order, as they come. ValueError as `fitted`, before any is answered."""
+        """A verdict for each conversation, in order, as they come. Unfit as `fitted`, before any is answered."""
         fitted = [(self.fitted(example, policy, view), view) for example in examples for view in [policy.view(example.modality)]]
         for case in self.judge(fitted, policy, how):
-            if isinstance(case, ValueError):
+            if isinstance(case, Unfit):
                 raise case
             yield self.verdict(case)
 
@@ -258,7 +267,7 @@ class Guard:
         return Ask(prompt, int(self.automaton.start_M[0]), np.ones(len(self.automaton.ids) + 2, bool), bound=False, **how)
 
 
-def _answered(case: Case | ValueError) -> Case | ValueError:
+def _answered(case: Case | Unfit) -> Case | Unfit:
     if isinstance(case, Case):
         case.future.result()
     return case

@@ -8,7 +8,16 @@ from typing import NamedTuple
 from pgjax.data.sources.files import Read
 from pgjax.data.sources.pictures import beavertails_v, figstep, llavaguard, mossbench
 from pgjax.data.sources.responses import aegis2, beavertails, wildguard, xstest_response
-from pgjax.data.sources.texts import harmbench, openai_moderation, probes, simple_safety_tests, surge_toxicity, toxic_chat, xstest
+from pgjax.data.sources.texts import (
+    harmbench,
+    openai_moderation,
+    openai_moderation_strict,
+    probes,
+    simple_safety_tests,
+    surge_toxicity,
+    toxic_chat,
+    xstest,
+)
 from pgjax.taxonomy import Taxonomy
 
 
@@ -17,39 +26,27 @@ class Benchmark(NamedTuple):
     lines: tuple[str, ...]  # of the answer, those that it has labels for
     where: str | None  # its file below the root, or a glob pattern for several; None: it comes with this package
     origin: str  # where it is published
-    published: str | None = None  # its column in the published tables; None: not in them
 
 
-_HF = "huggingface.co/datasets"
+_HF, _GH = "huggingface.co/datasets", "github.com"
 _REQUEST, _RESPONSE, _BOTH = ("request",), ("response",), ("request", "response")
 
 _ALL = (
-    Benchmark(aegis2, _BOTH, "aegis2/test.json", f"{_HF}/nvidia/Aegis-AI-Content-Safety-Dataset-2.0", "Aegis2.0"),
-    Benchmark(
-        harmbench,
-        _REQUEST,
-        "harmbench/behavior_datasets/harmbench_behaviors_text_all.csv",
-        "github.com/centerforaisafety/HarmBench",
-        "HarmBench",
-    ),
-    Benchmark(
-        openai_moderation,
-        _REQUEST,
-        "openai_moderation/samples.jsonl.gz",
-        "github.com/openai/moderation-api-release",
-        "OpenAI Moderation",
-    ),
-    Benchmark(simple_safety_tests, _REQUEST, "simple_safety_tests/*.csv", "github.com/bertiev/SimpleSafetyTests", "SimpleSafetyTests"),
-    Benchmark(toxic_chat, _REQUEST, "toxic_chat/toxic-chat_annotation_test.csv", f"{_HF}/lmsys/toxic-chat", "ToxicChat"),
-    Benchmark(wildguard, _BOTH, "wildguard/wildguard_test.parquet", f"{_HF}/allenai/wildguardmix", "WildGuard"),
-    Benchmark(xstest, _REQUEST, "xstest/xstest_prompts.csv", "github.com/paul-rottger/xstest", "XSTest"),
-    Benchmark(xstest_response, _RESPONSE, "xstest_response/response_harmfulness*.parquet", f"{_HF}/allenai/xstest-response", "XSTest"),
-    Benchmark(beavertails, _RESPONSE, "beavertails/test.jsonl.*", f"{_HF}/PKU-Alignment/BeaverTails", "BeaverTails"),
-    Benchmark(beavertails_v, _BOTH, "beavertails_v/**/evaluation*.parquet", f"{_HF}/PKU-Alignment/BeaverTails-V", "BeaverTails-V"),
-    Benchmark(llavaguard, _REQUEST, "llavaguard/*.json", f"{_HF}/AIML-TUDA/LlavaGuard-Dataset", "LlavaGuard"),
-    Benchmark(figstep, _REQUEST, "figstep/question/safebench.csv", "github.com/ThuCCSLab/FigStep"),
-    Benchmark(mossbench, _REQUEST, "mossbench/data/images_information/information.json", "github.com/xirui-li/MOSSBench"),
-    Benchmark(surge_toxicity, _REQUEST, "surge_toxicity/toxicity_en.csv", "github.com/surge-ai/toxicity"),
+    Benchmark(aegis2, _BOTH, "aegis2/test.json", f"{_HF}/nvidia/Aegis-AI-Content-Safety-Dataset-2.0"),
+    Benchmark(harmbench, _REQUEST, "harmbench/behavior_datasets/harmbench_behaviors_text_all.csv", f"{_GH}/centerforaisafety/HarmBench"),
+    Benchmark(openai_moderation, _REQUEST, "openai_moderation/samples.jsonl.gz", f"{_GH}/openai/moderation-api-release"),
+    Benchmark(openai_moderation_strict, _REQUEST, "openai_moderation/samples.jsonl.gz", f"{_GH}/openai/moderation-api-release"),
+    Benchmark(simple_safety_tests, _REQUEST, "simple_safety_tests/*.csv", f"{_GH}/bertiev/SimpleSafetyTests"),
+    Benchmark(toxic_chat, _REQUEST, "toxic_chat/toxic-chat_annotation_test.csv", f"{_HF}/lmsys/toxic-chat"),
+    Benchmark(wildguard, _BOTH, "wildguard/wildguard_test.parquet", f"{_HF}/allenai/wildguardmix"),
+    Benchmark(xstest, _REQUEST, "xstest/xstest_prompts.csv", f"{_GH}/paul-rottger/xstest"),
+    Benchmark(xstest_response, _RESPONSE, "xstest_response/response_harmfulness*.parquet", f"{_HF}/allenai/xstest-response"),
+    Benchmark(beavertails, _RESPONSE, "beavertails/test.jsonl.*", f"{_HF}/PKU-Alignment/BeaverTails"),
+    Benchmark(beavertails_v, _BOTH, "beavertails_v/**/evaluation*.parquet", f"{_HF}/PKU-Alignment/BeaverTails-V"),
+    Benchmark(llavaguard, _REQUEST, "llavaguard/*.json", f"{_HF}/AIML-TUDA/LlavaGuard-Dataset"),
+    Benchmark(figstep, _REQUEST, "figstep/question/safebench.csv", f"{_GH}/ThuCCSLab/FigStep"),
+    Benchmark(mossbench, _REQUEST, "mossbench/data/images_information/information.json", f"{_GH}/xirui-li/MOSSBench"),
+    Benchmark(surge_toxicity, _REQUEST, "surge_toxicity/toxicity_en.csv", f"{_GH}/surge-ai/toxicity"),
     Benchmark(probes, _REQUEST, None, "this package"),
 )
 BENCHMARKS = {benchmark.read.__name__: benchmark for benchmark in _ALL}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pgjax.data.schema import Example, Label
 
+csv.field_size_limit(2**24)  # texts may be longer than the 128 KiB that the module takes by itself
 HELD_OUT = 5  # one group in so many is held out
 
 
@@ -135,12 +136,15 @@ def read_json_rows(path: Path) -> list[Row]:
 def read_csv(path: Path, columns: Iterable[str]) -> list[Row]:
     """ValueError when one of `columns` is missing from the header or from a row."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    _check_columns(path, columns, reader.fieldnames or ())
     rows = []
-    for number, row in enumerate(reader, 1):
-        if any(row[c] is None for c in columns):
-            raise ValueError(f"public data: {path}:{reader.line_num}: the row ends early")
-        rows.append(Row(path, number, row))
+    try:
+        _check_columns(path, columns, reader.fieldnames or ())
+        for number, row in enumerate(reader, 1):
+            if any(row[c] is None for c in columns):
+                raise ValueError(f"public data: {path}:{reader.line_num}: the row ends early")
+            rows.append(Row(path, number, row))
+    except csv.Error as error:
+        raise ValueError(f"public data: {path}:{reader.line_num}: not CSV ({error}); fetch it again") from None
     return rows
 
 
@@ -162,7 +166,14 @@ def read_parquet(path: Path, columns: Iterable[str], optional: Iterable[str] = (
 
 def _check_columns(path: Path, columns: Iterable[str], there: Iterable[str]) -> None:
     if missing := [c for c in columns if c not in there]:
-        raise ValueError(f"public data: {path} lacks the column {missing[0]!r}; it has {', '.join(there) or 'none'}")
+        raise ValueError(f"public data: {path} lacks the column {missing[0]!r}; it has {_named(there)}")
+
+
+def _named(columns: Iterable[str]) -> str:
+    """Column names for a message. A file without its header has a row there, which no message repeats: then their number."""
+    names = list(columns)
+    plain = all(re.fullmatch(r"[\w. -]{1,40}", str(name)) for name in names) and len(names) > 1
+    return ", ".join(names) if plain else f"{len(names)} columns, which look like no header"
 
 
 def split_of(group: str) -> str:

@@ -6,10 +6,10 @@ from pgjax.config import DataConfig
 from pgjax.data.schema import Example
 from pgjax.data.sources.files import data_root, order_of
 from pgjax.data.sources.pictures import drawn, figstep, mossbench
-from pgjax.data.sources.texts import openai_moderation, surge_toxicity
+from pgjax.data.sources.texts import openai_moderation_strict, surge_toxicity
 from pgjax.taxonomy import Taxonomy
 
-READERS = (openai_moderation, surge_toxicity, figstep, drawn, mossbench)
+READERS = (openai_moderation_strict, surge_toxicity, figstep, drawn, mossbench)
 
 
 def public_mix(data: DataConfig, taxonomy: Taxonomy) -> tuple[list[Example], dict[str, dict[str, int]]]:

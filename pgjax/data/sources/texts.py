@@ -14,12 +14,22 @@ from pgjax.data.sources.label_map import LabelMap
 from pgjax.taxonomy import Taxonomy
 
 
-def openai_moderation(root: Path, taxonomy: Taxonomy) -> Read:
+def openai_moderation_strict(root: Path, taxonomy: Taxonomy) -> Read:
     """openai/moderation-api-release (MIT), openai_moderation/samples.jsonl.gz: `prompt` and the keys of the label map, each 0 or 1.
 
     A missing key is unknown. Unsafe is any 1; safe is 0 at every key; anything else leaves the request label unknown, and such rows
-    are left out, since they could neither teach nor measure. Of several positives one names the row, the others count as right.
+    are left out, since they could not teach. Of several positives one names the row, the others count as right.
     """
+    return _openai_moderation(root, taxonomy, missing="unknown")
+
+
+def openai_moderation(root: Path, taxonomy: Taxonomy) -> Read:
+    """The same as it is published for testing: a row without any 1 is safe, whatever else is missing. The published averages fit no other
+    number of rows than all of them (PAPERS A12). 821 of its safe rows are safe by that convention alone."""
+    return _openai_moderation(root, taxonomy, missing="safe")
+
+
+def _openai_moderation(root: Path, taxonomy: Taxonomy, missing: Label) -> Read:
     labels = LabelMap("openai_moderation", taxonomy)
     scored = [key for key in labels.order if not labels.withheld(key)]
 
@@ -29,7 +39,7 @@ def openai_moderation(root: Path, taxonomy: Taxonomy) -> Read:
         positive = [key for key in labels.order if row.values.get(key) == 1]
         if (about := labels.about(positive, row.where)) is None:
             return WITHHELD
-        label: Label = "unsafe" if positive else "safe" if all(row.values.get(key) == 0 for key in scored) else "unknown"
+        label: Label = "unsafe" if positive else "safe" if all(row.values.get(key) == 0 for key in scored) else missing
         return text_example("openai_moderation", row, row.text("prompt"), label, about=about)
 
     return gather(map(read, read_json_lines(root / "openai_moderation" / "samples.jsonl.gz")))
