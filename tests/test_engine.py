@@ -16,7 +16,7 @@ from pgjax.generate.decode import decode, encode, prefill
 from pgjax.generate.labels import answer_scorer
 from pgjax.generate.law import Law
 from pgjax.generate.score import answer_rows
-from pgjax.serving.engine import Ask, Engine, Full, Stopped, Tail
+from pgjax.serving.engine import SLOTS, Ask, Engine, Fork, Full, Stopped, portions
 from pgjax.tokenizer import never_sampled
 from pgjax.train.compilations import Compilations
 
@@ -102,30 +102,42 @@ def test_a_limit_is_kept_and_bound_answers_end_in_it(engine):
 
 
 def test_tails_are_scored_as_whole_answers_are(engine):
-    """Behind every token of the answer and behind the prompt: the logprobs of a forward pass over prompt, answer and tail."""
-    endings = [[5, 17, 301], [44], [301, 5, 17, 44, 9, 12, 700, 3, 2]]
-    made: list[Tail] = []
+    """Behind every token of the answer and behind the prompt, more of them than go at a time: the logprobs of a forward pass over prompt,
+    answer, stem and tail."""
+    tails = {"long": [301, 5, 17, 44, 9], "one": [44], "other": [5, 17, 301]} | {f"{k}": [k, k + 1, 7] for k in range(40)}
+    made: dict[str, Fork] = {}
 
-    def tails(tokens):
-        made[:] = [
-            Tail(f"{k}", branch, endings[k % 3]) for k, branch in enumerate((0, 1, 2, len(tokens) // 2, len(tokens) - 1, len(tokens)))
-        ]
-        return made
+    def forks(tokens):
+        branches = 0, 1, 2, len(tokens) // 2, len(tokens) - 1, len(tokens)
+        made.update({f"{k}": Fork(f"{k}", branch, [12, 700, 3][: k % 4], tails) for k, branch in enumerate(branches)})
+        return list(made.values())
 
-    futures = [(p, engine.submit(ask(p, tails=tails, bound=False, limit=R - 9), wait=True)) for p in (0, 3, 5)]
+    futures = [(p, engine.submit(ask(p, forks=forks, bound=False, limit=R - 9), wait=True)) for p in (0, 3, 5)]
     scorer = answer_scorer(MODEL, law(False), setup().mesh)
     for p, future in futures:
         [told] = future.result()
-        ids = [[*told.tokens[: tail.branch], *tail.tokens] for tail, _ in told.tails]
-        tokens_PGR, length_PG = answer_rows([ids], R)
-        logp_PQ = scorer(host_params(), ask(p).prompt, tokens_PGR, length_PG)[0]
-        ends = np.cumsum(length_PG[0])
-        for (tail, logp), end in zip(told.tails, ends, strict=True):
-            np.testing.assert_allclose(logp, logp_PQ[end - len(tail.tokens) : end], atol=2e-5)
+        assert {name: scores.keys() for name, scores in told.scores.items()} == {name: tails.keys() for name in made}
+        for name in ("long", "one", "other", "39"):
+            ids = [[*told.tokens[: fork.branch], *fork.stem, *tails[name]] for fork in made.values()]
+            tokens_PGR, length_PG = answer_rows([ids], R)
+            logp_PQ = scorer(host_params(), ask(p).prompt, tokens_PGR, length_PG)[0]
+            for fork, end in zip(made, np.cumsum(length_PG[0]), strict=True):
+                expected = logp_PQ[end - len(tails[name]) : end].sum()
+                np.testing.assert_allclose(told.scores[fork][name], expected, atol=5e-5)
+
+
+def test_portions_hold_every_tail_once_and_fit():
+    forks = [Fork("a", 1, [1] * 9, {f"{k}": [2] * (k % 7 + 1) for k in range(60)}), Fork("b", 2, [], {"x": [3] * (SLOTS - 1)})]
+    parts = list(portions(forks))
+    found = [(fork.name, name) for part in parts for fork in part for name in fork.tails]
+    assert found == [("a", f"{k}") for k in range(60)] + [("b", "x")]
+    assert all(sum(1 + len(f.stem) + sum(map(len, f.tails.values())) for f in part) <= SLOTS for part in parts)
+    with pytest.raises(ValueError, match="more than"):
+        list(portions([Fork("c", 1, [1], {"x": [3] * (SLOTS - 1)})]))
 
 
 def test_nothing_compiles_for_another_request(engine):
-    run = lambda: [f.result() for f in [engine.submit(ask(p, samples=1, tails=lambda t: [Tail("", 0, [1])]), wait=True) for p in range(P)]]  # noqa: E731
+    run = lambda: [f.result() for f in [engine.submit(ask(p, forks=lambda t: [Fork("", 0, [], {"": [1]})]), wait=True) for p in range(P)]]  # noqa: E731
     run()
     compilations = Compilations()
     run()
@@ -174,7 +186,7 @@ def test_what_one_asker_does_wrong_is_his_alone(engine):
     def broken(tokens):
         raise KeyError("mine")
 
-    futures = [engine.submit(ask(0, tails=broken)), engine.submit(ask(1)), engine.submit(ask(2, heard=broken)), engine.submit(ask(3))]
+    futures = [engine.submit(ask(0, forks=broken)), engine.submit(ask(1)), engine.submit(ask(2, heard=broken)), engine.submit(ask(3))]
     assert all(futures[k].result() for k in (1, 3))
     for k in (0, 2):
         with pytest.raises(KeyError, match="mine"):
@@ -189,20 +201,44 @@ def test_a_stream_hears_the_answer_grow(engine):
     assert all(a == b[: len(a)] for a, b in zip(heard, heard[1:], strict=False))
 
 
-@pytest.mark.parametrize("drain", [True, False])
-def test_stopping(drain):
+def test_stopping_tells_those_who_wait():
     made = setup()
-    engine = Engine(
-        made, jax.device_put(host_params(), made.rollout), law(True), DATA.prompt_tokens, DATA.patches, rows=4, queue=16, steps=5
-    )
+    weights = jax.device_put(host_params(), made.rollout)
+    engine = Engine(made, weights, law(True), DATA.prompt_tokens, DATA.patches, rows=4, queue=16, steps=5)
     futures = [engine.submit(ask(p)) for p in range(8)]
-    engine.stop(drain)
-    if drain:
-        assert all(future.result() for future in futures)
-    else:
-        assert any(isinstance(future.exception(), Stopped) for future in futures) and all(future.done() for future in futures)
+    engine.stop()
+    assert any(isinstance(future.exception(), Stopped) for future in futures) and all(future.done() for future in futures)
     with pytest.raises(Stopped):
         engine.submit(ask(0))
+
+
+@pytest.mark.parametrize("how", [{"seed": -1}, {"seed": 2**32}, {"limit": R + 1}, {"limit": 0}, {"samples": 0}])
+def test_what_cannot_be_asked_is_refused_and_harms_nobody(engine, how):
+    future = engine.submit(ask(1), wait=True)
+    with pytest.raises(ValueError):
+        engine.submit(ask(0, **how))
+    assert future.result()
+
+
+def test_requests_that_nobody_waits_for_leave_the_queue(engine, monkeypatch):
+    held, go_on = threading.Event(), threading.Event()
+    advance = engine._advance
+
+    def slow(*args):
+        held.set()
+        go_on.wait()
+        return advance(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_advance", slow)
+        first = engine.submit(ask(0))
+        assert held.wait(60)
+        large = engine.submit(ask(1, samples=4))
+        behind = [engine.submit(ask(2)) for _ in range(engine.queue - 1)]
+        [future.cancel() for future in behind]
+    go_on.set()
+    assert first.result() and large.result()
+    wait_until(lambda: engine.counts.waiting == 0)
 
 
 def wait_until(true, seconds: float = 60) -> None:

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,14 +20,10 @@ from pgjax.data.images import image_grid, load_image, shrunk, slot_count
 from pgjax.data.jsonl import Line
 from pgjax.data.rows import conversation, conversation_of
 from pgjax.data.toy import draw
-from pgjax.generate.labels import answer_scorer, label_prefixes
-from pgjax.generate.law import Law
-from pgjax.generate.score import answer_rows
-from pgjax.serving.guard import Guard, How
+from pgjax.generate.labels import label_prefixes
+from pgjax.serving.guard import Case, Guard, How
 from pgjax.serving.verdict import free_name
-from pgjax.tokenizer import never_sampled
 from pgjax.train.compilations import Compilations
-from pgjax.train.saved import open_run
 
 SHOWN = ("C1S1", "C8S1")
 KEYS = (
@@ -103,25 +98,23 @@ def test_a_verdict_says_what_the_answer_says(guard, verdicts):
 
 
 @pytest.mark.parametrize("mode", ["think", "fast"])
-def test_scores_are_those_of_whole_answers(guard, run, mode):
+def test_scores_are_those_of_whole_answers(guard, mode):
     """What is scored is the answer up to its label, closed with either, and scores as such answers do (generate/labels.py)."""
-    recipe, setup, params, tokenizer = open_run(run)
-    limit = recipe.answer.max_tokens + 8  # a label in another place may take more tokens
-    scorer = answer_scorer(setup.model, Law(jnp.asarray(never_sampled(tokenizer, recipe.model.text.vocab)), None, None, limit), setup.mesh)
     for example in inputs():
-        case = guard.submit(example, guard.policy(SHOWN), How(mode), wait=True)
-        [told] = case.future.result()
-        prompt, scores = guard.ask(example, guard.policy(SHOWN), How(mode))[0].prompt, guard.verdict(case)["scores"]
+        ask, _ = guard.ask(example, guard.policy(SHOWN), How(mode))
+        [told] = guard.engine.submit(ask, wait=True).result()
+        opening = guard.opening(mode)
+        forks = {fork.name: fork for fork in ask.forks(told.tokens)}
         for line in ("Request", "Response"):
-            closed = label_prefixes(guard.opening(mode) + guard.text(told.tokens), line)
-            if closed is None:
-                assert scores[line.lower()] is None
-                continue
-            ids = [[*told.tokens[: t.branch], *t.tokens] for t, _ in told.tails if t.name.startswith(line.lower())]
-            assert tuple(guard.opening(mode) + guard.text(one) for one in ids) == closed
-            tokens_PGR, length_PG = answer_rows([ids], limit)
-            logp_PQ, (safe, _) = scorer(params, prompt, tokens_PGR, length_PG), length_PG[0]
-            assert scores[line.lower()] == pytest.approx(expit(logp_PQ[0, safe:].sum() - logp_PQ[0, :safe].sum()), abs=2e-4)
+            closed = label_prefixes(opening + guard.text(told.tokens), line)
+            assert (line in forks) == (closed is not None)
+            if closed:
+                fork = forks[line]
+                whole = [[*told.tokens[: fork.branch], *fork.stem, *fork.tails[label]] for label in ("safe", "unsafe")]
+                assert tuple(opening + guard.text(one) for one in whole) == closed
+        verdict = guard.verdict(Case(example, guard.policy(SHOWN), How(mode), guard.ask(example, guard.policy(SHOWN))[1], done([told])))
+        score = expit(told.scores["Request"]["unsafe"] - told.scores["Request"]["safe"])
+        assert verdict["scores"]["request"] == pytest.approx(score, abs=1e-6)
 
 
 def test_a_verdict_depends_on_its_conversation_alone(guard, verdicts):

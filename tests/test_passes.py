@@ -69,7 +69,7 @@ def written(guard: Guard, text_of, monkeypatch) -> None:
         tokens = self.tokenizer(text_of(example, view))["input_ids"]
         start = int(self.automaton.start_M[MODALITIES.index(example.modality)])
         future: Future = Future()
-        future.set_result([Told(tokens, answers.walk(self.automaton, start, tokens), [])])
+        future.set_result([Told(tokens, answers.walk(self.automaton, start, tokens), {})])
         return Case(example, policy, how, node_of_id(view, self.automaton.ids), future)
 
     monkeypatch.setattr(Guard, "submit", submit)

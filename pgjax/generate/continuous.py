@@ -17,7 +17,7 @@ from pgjax.generate.decode import Held, Running, begin, encode, nothing_running,
 from pgjax.generate.lanes import Schedule
 from pgjax.generate.law import Law
 from pgjax.models.qwen_vl import QwenVL
-from pgjax.models.text import AnswerCache, Lanes, PromptCache
+from pgjax.models.text import Behind, PromptCache
 from pgjax.parallel.mesh import TRAINING, replicated, spec, take_rows
 from pgjax.parallel.mesh import rows as by_row
 
@@ -45,10 +45,15 @@ class Batch:
 
 @struct.dataclass
 class Tails:
-    """Continuations to be scored, B of the answer in one row of each shard. A tail takes the answer's place from token `branch` on."""
+    """Tokens that could stand in an answer, Q slots behind the answer in one row of each shard: forks, each a token that stands there with
+    a stem behind it, and tails behind stems. A slot sees the answer before its fork, the fork's stem, and its own tail, up to itself."""
 
-    tokens_WBU: jax.Array  # int32; the first is the token before the tail, the answer's or the prompt's last
-    branch_WB: jax.Array  # int32
+    tokens_WQ: jax.Array  # int32
+    place_WQ: jax.Array  # int32, in the answer: the first of a fork is the token before it, -1 the prompt's last
+    fork_WQ: jax.Array  # int32; -1: an empty slot
+    tail_WQ: jax.Array  # int32; -1: of the stem
+    first_WQ: jax.Array  # int32, place of the fork's first slot
+    source_WQ: jax.Array  # int32, slot whose token comes before
 
 
 def vacant(text: TextConfig, law: Law, rows: int, prompt_tokens: int, shards: int, dtype) -> Batch:
@@ -131,13 +136,12 @@ def advance(model: QwenVL, params, law: Law, batch: Batch, drop_N: jax.Array, st
 
 
 def closings(model: QwenVL, params, law: Law, batch: Batch, row_W: jax.Array, tails: Tails) -> jax.Array:
-    """Logprobs float32 [W, B, U - 1] of the tails' tokens behind the answers of rows `row_W` (one of each shard, as numbered there).
+    """Logprobs float32 [W, Q] of the tails' tokens behind the answers of rows `row_W` (one of each shard, as numbered there).
 
-    Nothing is computed twice: tails read the caches of the prompt and of the answer, as lanes of one row. Right after an answer's last
-    token only: the rings go round while others run.
+    Nothing is computed twice: one forward pass over the tails, which read the caches of the prompt and of the answer (DESIGN idea 2). Right
+    after an answer's last token only: the rings go round while others run.
     """
-    W, B, U = tails.tokens_WBU.shape
-    R, text, running = batch.running.limit, model.config.text, batch.running
+    W, R, running = len(row_W), batch.running.limit, batch.running
     apply = lambda *a, **k: model.apply({"params": params}, *a, **k)  # noqa: E731
     take = lambda tree, axis=0: jax.tree.map(lambda x: take_rows(x, row_W, W, axis), tree)  # noqa: E731
     cache, own = take(batch.cache, 1), take(running.own, 1)
@@ -146,23 +150,17 @@ def closings(model: QwenVL, params, law: Law, batch: Batch, row_W: jax.Array, ta
         jnp.concatenate([cache.v_LPKTC, own.v_LPKGRC[:, :, :, 0]], axis=3),
     )
     position_W, sees_WT, length_W = take((batch.held.position, batch.held.sees_prompt_T, running.schedule.offset_NS[:, 0]))
-    # The token before the tail is fed again and sees what came before it: of the prompt too, where it is the prompt's last.
-    first_WB = tails.branch_WB - 1
-    in_prompt_WBT = sees_WT[:, None] & (jnp.arange(sees_WT.shape[1]) < (sees_WT.sum(-1)[:, None] + jnp.minimum(first_WB, 0))[..., None])
+    # The token before a fork is fed again and sees what came before it: of the prompt too, where it is the prompt's last.
+    first = tails.first_WQ[..., None]
+    of_prompt = sees_WT[:, None] & (jnp.arange(sees_WT.shape[1]) < sees_WT.sum(-1)[:, None, None] + jnp.minimum(first, 0))
     place_WR = length_W[:, None] - 1 - (running.time - 1 - jnp.arange(R)) % R  # of the answer's token in each slot of its ring
-    in_answer_WBR = (place_WR[:, None] >= 0) & (place_WR[:, None] < first_WB[..., None])
-    sees = jnp.concatenate([in_prompt_WBT, in_answer_WBR], axis=-1)
-    ring = lambda *last: jnp.zeros((text.layers, W, text.kv_heads, B, *last), cache.k_LPKTC.dtype)  # noqa: E731
-
-    def feed(own, place):
-        u, token_WB, next_WB = place
-        position_WBX = jnp.broadcast_to((position_W[:, None] + first_WB + u)[..., None], (W, B, 3))
-        lanes = Lanes(u, sees, jnp.broadcast_to(jnp.arange(U) <= u, (W, B, U)))
-        hidden_WBD, own = apply(apply(token_WB, method="embed"), position_WBX, lanes, behind, own, method="lanes")
-        logp_WBV = laws.log_probs(law.replace(constrained=False), apply(hidden_WBD, method="logits"), token_WB, 0)
-        return own, jnp.take_along_axis(logp_WBV, next_WB[..., None], axis=-1)[..., 0]
-
-    tokens_UWB = jnp.moveaxis(tails.tokens_WBU, -1, 0)
-    rings = AnswerCache(ring(text.head_dim, U), ring(U, text.head_dim))
-    _, logp_UWB = jax.lax.scan(feed, rings, (jnp.arange(U - 1), tokens_UWB[:-1], tokens_UWB[1:]))
-    return jnp.moveaxis(logp_UWB, 0, -1)
+    of_answer = (place_WR[:, None] >= 0) & (place_WR[:, None] < first)
+    key = lambda x_WQ: x_WQ[:, None]  # noqa: E731
+    same = (tails.fork_WQ[..., None] == key(tails.fork_WQ)) & ((key(tails.tail_WQ) < 0) | (key(tails.tail_WQ) == tails.tail_WQ[..., None]))
+    of_tails = same & (key(tails.place_WQ) <= tails.place_WQ[..., None])
+    position_WQX = jnp.broadcast_to((position_W[:, None] + tails.place_WQ)[..., None], (*tails.place_WQ.shape, 3))
+    context = Behind(jnp.concatenate([of_prompt, of_answer, of_tails], axis=-1))
+    hidden_WQD = apply(apply(tails.tokens_WQ, method="embed"), position_WQX, context, behind, method="behind")
+    before_WQD = jnp.take_along_axis(hidden_WQD, tails.source_WQ[..., None], axis=1)
+    logp_WQV = laws.log_probs(law.replace(constrained=False), apply(before_WQD, method="logits"), tails.place_WQ, 0)
+    return jnp.take_along_axis(logp_WQV, tails.tokens_WQ[..., None], axis=-1)[..., 0]

@@ -23,21 +23,26 @@ from pgjax.parallel.mesh import constrain, local_rows, place_rows
 Line = Literal["Request", "Response"]
 Scorer = Callable[[dict, PromptBatch, np.ndarray, np.ndarray], np.ndarray]
 
-_UP_TO_LABEL = {
-    "Request": re.compile(r"<answer>\r?\nRequest:"),
-    "Response": re.compile(r"<answer>\r?\nRequest:[^\r\n]*\r?\nResponse:"),
-}
+_ANSWER = re.compile(r"<answer>\r?\n(?=Request:)")
+_LINE = re.compile(r"(Request|Response|Category):[^\r\n]*(?:\r?\n|\Z)")
+
+
+def line_starts(text: str) -> dict[str, int]:
+    """Where the lines of an answer begin, by their names, as far as it has them in order; what follows need not be in format. The last
+    place counts: reasoning may spell an answer too."""
+    starts: dict[str, int] = {}
+    places = list(_ANSWER.finditer(text))
+    at = places[-1].end() if places else len(text)
+    while (line := _LINE.match(text, at)) and line[1] not in starts:
+        starts[line[1]], at = at, line.end()
+    return starts
 
 
 def label_prefixes(text: str, line: Line) -> tuple[str, str] | None:
-    """An answer's text up to the label of that line, closed with safe and with unsafe; None where the answer has no such line.
-
-    The rest of the answer need not be in format. The last place counts: reasoning may spell an answer too.
-    """
-    places = list(_UP_TO_LABEL[line].finditer(text))
-    if not places:
+    """An answer's text up to the label of that line, closed with safe and with unsafe; None where the answer has no such line."""
+    if (start := line_starts(text).get(line)) is None:
         return None
-    before = text[: places[-1].end()]
+    before = f"{text[:start]}{line}:"
     return before + "safe", before + "unsafe"
 
 

@@ -5,7 +5,8 @@ pair at a time, work grows with what is seen, and a row may hold several prompts
 three backends, by the platform of the mesh: Pallas kernels on TPU and GPU (models/flash.py), the loops below elsewhere. Merging a
 call for the prompt with one for the answer instead would lose the gradient through the log-sum-exp (DESIGN section 6, traps).
 
-`lane_attention` is decoding: one new token per lane against a prompt's cache and the lane's own.
+`lane_attention` is decoding: one new token per lane against a prompt's cache and the lane's own. `cached_attention` is scoring: many new
+tokens of a row against keys of which each sees its own choice.
 """
 
 from functools import partial
@@ -297,3 +298,13 @@ def lane_attention(q, prompt_k, prompt_v, answer_k, answer_v, sees_prompt_PGT, s
     out = jnp.einsum("pkgjt,pktc->pkgjc", to_prompt.astype(q.dtype), prompt_v, **FLOAT32)
     out = out + jnp.einsum("pkgjr,pkgrc->pkgjc", to_own.astype(q.dtype), answer_v, **FLOAT32)
     return jnp.moveaxis(out / jnp.maximum(total, 1e-30), 1, 2).astype(q.dtype).reshape(shape)
+
+
+def cached_attention(q, k, v, sees_PQS):
+    """q [P, Q, H, C]; k, v [P, K, S, C], as caches lie; sees bool [P, Q, S] -> [P, Q, H, C]. For few tokens: scores exist whole."""
+    shape = q.shape
+    q = jnp.moveaxis(q.reshape(*shape[:2], k.shape[1], -1, shape[-1]), 2, 1)
+    score = jnp.einsum("pkqjc,pksc->pkqjs", q, k, **FLOAT32) * shape[-1] ** -0.5
+    weight = jax.nn.softmax(jnp.where(sees_PQS[:, None, :, None], score, MASKED), axis=-1)
+    out = jnp.einsum("pkqjs,pksc->pkqjc", weight.astype(q.dtype), v, **FLOAT32)
+    return jnp.moveaxis(out, 1, 2).astype(q.dtype).reshape(shape)

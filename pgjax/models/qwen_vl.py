@@ -11,7 +11,7 @@ from pgjax.config import ModelConfig
 from pgjax.models import qwen2_5_vl, qwen3_vl
 from pgjax.models.attention import Segments
 from pgjax.models.layers import Linear
-from pgjax.models.text import AnswerCache, Lanes, TextDecoder
+from pgjax.models.text import AnswerCache, Behind, Lanes, TextDecoder
 from pgjax.models.vision import Visual, place
 
 TOWERS = {"qwen2_5_vl": qwen2_5_vl.Tower, "qwen3_vl": qwen3_vl.Tower}
@@ -47,6 +47,10 @@ class QwenVL(nn.Module):
     def lanes(self, x_PGD, position_PGX, lanes: Lanes, prompt, cache: AnswerCache):
         """One token per lane -> hidden states [P, G, D] and the grown answer cache."""
         return self.model(x_PGD, position_PGX, lanes, prompt, cache)
+
+    def behind(self, x_PQD, position_PQX, context: Behind, prompt) -> jax.Array:
+        """Given tokens behind a cache -> hidden states [P, Q, D]."""
+        return self.model(x_PQD, position_PQX, context, prompt)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""

@@ -2,7 +2,8 @@
 
 Qwen2.5-VL has biases on q, k and v; Qwen3-VL has none, normalises q and k, interleaves M-RoPE and takes DeepStack features.
 
-One module serves rows (prompts with packed answers: score, update, prefill) and lanes (decode): what differs is `context`.
+One module serves rows (prompts with packed answers: score, update, prefill), lanes (decode) and tokens behind a cache: what differs is
+`context`.
 """
 
 import jax
@@ -11,7 +12,7 @@ from flax import linen as nn
 from flax import struct
 
 from pgjax.config import TextConfig
-from pgjax.models.attention import Segments, attention, lane_attention
+from pgjax.models.attention import Segments, attention, cached_attention, lane_attention
 from pgjax.models.layers import NO_LORA, RESIDUAL, Embedding, GatedMLP, Linear, RMSNorm, rematerialised, rotate
 from pgjax.models.vision import place
 from pgjax.parallel.mesh import constrain
@@ -41,6 +42,13 @@ class Lanes:
     slot: jax.Array  # scalar
     sees_prompt_PGT: jax.Array  # bool; G = 1: the same for all lanes
     sees_own_PGR: jax.Array  # bool; its new token's slot among them
+
+
+@struct.dataclass
+class Behind:
+    """Context of Q given tokens of a row behind a cache of T slots: which of the S = T + Q keys each sees, the cache's first."""
+
+    sees_PQS: jax.Array  # bool
 
 
 def mrope(position: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
@@ -78,6 +86,9 @@ class SelfAttention(nn.Module):
             k, v = (constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
             out = attention(q, k, v, context)
             saved = PromptCache(*(y.swapaxes(1, 2) for y in (k, v)))
+        elif isinstance(context, Behind):
+            k, v = (jnp.concatenate([y, new.swapaxes(1, 2)], axis=2) for y, new in ((prompt.k_LPKTC, k), (prompt.v_LPKTC, v)))
+            out, saved = cached_attention(q, k, v, context.sees_PQS), None
         else:
             k, v = (y.swapaxes(1, 2)[None] for y in (k, v))
             cache = AnswerCache(
@@ -122,7 +133,7 @@ def add_features(x: jax.Array, layer: jax.Array, visual_PT: jax.Array, deep_PNMD
 
 
 class TextDecoder(nn.Module):
-    """Embeddings [P, S, D] -> final hidden states [P, S, D]; S slots of a row, or lanes.
+    """Embeddings [P, S, D] -> final hidden states [P, S, D]; S slots of a row, lanes, or tokens behind a cache.
 
     `cache_out` makes a row pass return all its keys and values, a PromptCache; a lane pass takes one, and threads the AnswerCache through.
     `deep` (visual_PT, deep_PNMD) are the DeepStack features of a row pass.

@@ -4,7 +4,7 @@ and leave when their answer ends, whatever the others do; none waits for a batch
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.data.schema import PromptBatch
-from pgjax.generate.continuous import Asked, Tails, advance, closings, join, shardings, vacant
+from pgjax.generate.continuous import Tails, advance, closings, join, shardings, vacant
 from pgjax.generate.law import Law
 from pgjax.parallel.mesh import place_rows
 from pgjax.train.setup import Setup
 
-TAILS, TAIL_TOKENS = 8, 8  # numbers of tails and of their tokens are rounded up to these times a power of two: few shapes
+SLOTS = 128  # tokens of tails that are scored at a time
 
 
 class Full(Exception):
@@ -31,12 +31,14 @@ class Stopped(Exception):
     """The engine takes no more requests."""
 
 
-class Tail(NamedTuple):
-    """A continuation to score: it takes the answer's place from token `branch` on. `name` is the asker's own."""
+class Fork(NamedTuple):
+    """Tails to score, of which one stands in the answer or could: behind `stem`, which takes the answer's place from token `branch` on. All
+    tokens of a stem and of a tail together are at most SLOTS - 1. `name` and the tails' names are the asker's own."""
 
     name: str
     branch: int
-    tokens: list[int]
+    stem: list[int]
+    tails: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,17 @@ class Ask:
     seed: int = 0
     bound: bool = True  # the automaton decides what may follow, and when the answer ends
     deadline: float | None = None  # time.monotonic() after which nobody waits for the answer
-    tails: Callable[[list[int]], Sequence[Tail]] | None = None  # of an answer's tokens: what to score behind it
+    forks: Callable[[list[int]], Sequence[Fork]] | None = None  # of an answer's tokens: what to score behind it
     heard: Callable[[list[int]], None] | None = None  # is called with an answer's tokens so far, as they come
 
 
 class Told(NamedTuple):
-    """An answer: its tokens (the stop token among them, if it was drawn), the automaton's state at its end, and the tails that were to be
-    scored, each with the logprobs of its tokens."""
+    """An answer: its tokens (the stop token among them, if it was drawn), the automaton's state at its end, and the logprobs of the tails
+    that were to be scored, by the names of fork and tail."""
 
     tokens: list[int]
     state: int
-    tails: list[tuple[Tail, np.ndarray]]
+    scores: dict[str, dict[str, float]]
 
 
 @dataclass
@@ -114,9 +116,10 @@ class Engine:
             self._closings = jax.jit(partial(closings, self.model))
         self._held: list[tuple[_Request, int] | None] = [None] * self.rows  # by row: whose answer, and which of it
         self._waiting: deque[_Request] = deque()
-        self._asked = self._no_asked()
+        self._asked = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(make, law).asked)
         self._changed = threading.Condition()
-        self._open, self._draining = True, False
+        self._open = True
+        self.failing = False  # the last round did
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -126,6 +129,8 @@ class Engine:
         """The answers, when they come; cancelling the future frees their rows. Raises Full (with `wait`, waits instead) and Stopped."""
         if not 1 <= ask.samples <= self.rows // self.shards:
             raise ValueError(f"{ask.samples} samples: this server takes 1 to {self.rows // self.shards} (--rows)")
+        if not (1 <= ask.limit <= self.law.limit and 0 <= ask.seed < 2**32):
+            raise ValueError(f"limit {ask.limit} must be 1 to {self.law.limit}, seed {ask.seed} 0 to 2**32 - 1")
         request = _Request(ask, Future(), time.monotonic())
         request.told = [None] * ask.samples
         with self._changed:
@@ -140,10 +145,10 @@ class Engine:
             self._changed.notify_all()
         return request.future
 
-    def stop(self, drain: bool = True) -> None:
-        """Takes nothing more; with `drain` what was taken is finished first, else given up. Returns when the thread has ended."""
+    def stop(self) -> None:
+        """Takes nothing more and gives up what it has. Returns when the thread has ended."""
         with self._changed:
-            self._open, self._draining = False, drain
+            self._open = False
             self._changed.notify_all()
         self._thread.join()
 
@@ -151,7 +156,7 @@ class Engine:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.stop(drain=False)
+        self.stop()
 
     # --- the thread ------------------------------------------------------------------------------------------------------------------
 
@@ -161,9 +166,10 @@ class Engine:
             while self._wait_for_work():
                 try:
                     batch = self._round(self._vacant(self.law) if batch is None else batch)
+                    self.failing = False
                 except Exception as error:  # a program failed, and what it held is lost: those who wait are told, and the next begin anew
                     self.counts.failures += 1
-                    batch = None
+                    batch, self.failing = None, True
                     for request in self._everyone(waiting=False):
                         _resolve(request.future, error)
                     self._held = [None] * self.rows
@@ -175,7 +181,7 @@ class Engine:
         with self._changed:
             while self._open and not self._waiting and not any(self._held):
                 self._changed.wait()
-            return self._open or (self._draining and bool(self._waiting or any(self._held)))
+            return self._open
 
     def _everyone(self, waiting: bool = True) -> list[_Request]:
         running = {id(held[0]): held[0] for held in self._held if held}
@@ -199,9 +205,9 @@ class Engine:
         for n, held in enumerate(self._held):
             if held and held[0].ask.heard and held[1] == 0:
                 _called(held[0], held[0].ask.heard, tokens_NR[n, : length[n, 0]].tolist())
-        told = {n: Told(tokens_NR[n, : length[n, 0]].tolist(), int(state[n, 0]), []) for n in ended}
-        for n, tails in self._score(batch, told):
-            told[n] = told[n]._replace(tails=tails)
+        told = {n: Told(tokens_NR[n, : length[n, 0]].tolist(), int(state[n, 0]), {}) for n in ended}
+        for n, fork, tail, logp in self._score(batch, told):
+            told[n].scores.setdefault(fork, {})[tail] = logp
         for n, answer in told.items():
             request, sample = self._held[n]
             request.told[sample], self._held[n] = answer, None
@@ -218,15 +224,14 @@ class Engine:
         by_shard = [[n for n in free if n * self.shards // self.rows == w] for w in range(self.shards)]
         joining: dict[int, tuple[_Request, list[int]]] = {}
         with self._changed:
+            self._waiting = deque(request for request in self._waiting if not request.gone())
             while self._waiting and len(joining) < self.shards:
-                request = self._waiting[0]
-                open_shards = [w for w in range(self.shards) if w not in joining and len(by_shard[w]) >= request.ask.samples]
-                if not request.gone() and not open_shards:
+                samples = self._waiting[0].ask.samples
+                open_shards = [w for w in range(self.shards) if w not in joining and len(by_shard[w]) >= samples]
+                if not open_shards:
                     break
-                self._waiting.popleft()
-                if not request.future.done():
-                    shard = max(open_shards, key=lambda w: len(by_shard[w]))
-                    joining[shard] = request, by_shard[shard][: request.ask.samples]
+                shard = max(open_shards, key=lambda w: len(by_shard[w]))
+                joining[shard] = self._waiting.popleft(), by_shard[shard][:samples]
             self.counts.waiting = len(self._waiting)
             self._changed.notify_all()
         return joining
@@ -236,47 +241,37 @@ class Engine:
         prompts = [joining[w][0].ask.prompt if w in joining else some for w in range(self.shards)]
         joins_N = np.zeros(self.rows, bool)
         for request, rows in joining.values():
-            ask = request.ask
             for sample, n in enumerate(rows):
                 self._held[n], joins_N[n] = (request, sample), True
-                values = (ask.start, ask.outcome_J, ask.bound, self.law.limit - ask.limit, ask.temperature, ask.seed, sample)
-                for array, value in zip(jax.tree.leaves(self._asked), values, strict=True):
-                    array[n] = value
+        for n in np.flatnonzero(joins_N):
+            ask, sample = self._held[n][0].ask, self._held[n][1]
+            values = (ask.start, ask.outcome_J, ask.bound, self.law.limit - ask.limit, ask.temperature, ask.seed, sample)
+            for array, value in zip(jax.tree.leaves(self._asked), values, strict=True):
+                array[n] = value
         self.counts.prefills += len(joining)
         placed = place_rows((jax.tree.map(lambda *x: np.concatenate(x), *prompts), self._asked, joins_N), self.mesh)
         return self._join(self.weights, self.law, batch, *placed)
 
-    def _score(self, batch, told: dict[int, Told]):
-        """(row, its answer's tails with their logprobs), for the answers that have any; one of each shard at a time."""
-        requests = {n: self._held[n][0] for n in told}
-        asked = {n: tails for n, r in requests.items() if r.ask.tails and (tails := _called(r, r.ask.tails, told[n].tokens))}
-        per_shard = self.rows // self.shards
-        while asked:
-            now = {n // per_shard: n for n in reversed(asked)}  # one of each shard
-            B, U = (
-                _up(most, step)
-                for most, step in (
-                    (max(len(asked[n]) for n in now.values()), TAILS),
-                    (max(len(tail.tokens) for n in now.values() for tail in asked[n]), TAIL_TOKENS),
-                )
-            )
-            tokens_WBU, branch_WB = np.zeros((self.shards, B, U + 1), np.int32), np.ones((self.shards, B), np.int32)
-            for w, n in now.items():
-                prompt = self._held[n][0].ask.prompt
-                last = int(prompt.tokens_PT[0, prompt.length_P[0] - 1])
-                for b, tail in enumerate(asked[n]):
-                    before = told[n].tokens[tail.branch - 1] if tail.branch else last
-                    tokens_WBU[w, b, : len(tail.tokens) + 1], branch_WB[w, b] = [before, *tail.tokens], tail.branch
-            row_W = np.array([now.get(w, w * per_shard) % per_shard for w in range(self.shards)], np.int32)
-            placed = place_rows((row_W, Tails(tokens_WBU, branch_WB)), self.mesh)
-            logp_WBU = np.asarray(self._closings(self.weights, self.law, batch, *placed))
-            for w, n in now.items():
-                yield n, [(tail, logp_U[: len(tail.tokens)]) for tail, logp_U in zip(asked.pop(n), logp_WBU[w], strict=False)]
-
-    def _no_asked(self) -> Asked:
-        J = self.law.automaton.distance_AJ.shape[1]
-        types = (np.int32, (np.bool, J), np.bool, np.int32, np.float32, np.uint32, np.int32)
-        return Asked(*(np.zeros((self.rows, *shape), t) for t, *shape in (t if isinstance(t, tuple) else (t,) for t in types)))
+    def _score(self, batch, told: dict[int, Told]) -> Iterator[tuple[int, str, str, float]]:
+        """(row, fork, tail, logprob) of all that is to be scored behind these answers; of each shard SLOTS tokens at a time."""
+        requests, per_shard = {n: self._held[n][0] for n in told}, self.rows // self.shards
+        jobs: list[deque[tuple[int, list[Fork]]]] = [deque() for _ in range(self.shards)]
+        for n, request in requests.items():
+            if make := request.ask.forks:
+                parts = _called(request, lambda tokens, make=make: list(portions(make(tokens))), told[n].tokens)
+                jobs[n // per_shard].extend((n, part) for part in parts or ())
+        while any(jobs):
+            now = {w: queue.popleft() for w, queue in enumerate(jobs) if queue}
+            packs = [_Pack() for _ in range(self.shards)]
+            for w, (n, forks) in now.items():
+                prompt = requests[n].ask.prompt
+                packs[w].put(forks, told[n].tokens, int(prompt.tokens_PT[0, prompt.length_P[0] - 1]))
+            row_W = np.array([now[w][0] % per_shard if w in now else 0 for w in range(self.shards)], np.int32)
+            tails = jax.tree.map(lambda *x: np.stack(x), *(pack.tails for pack in packs))
+            logp_WQ = np.asarray(self._closings(self.weights, self.law, batch, *place_rows((row_W, tails), self.mesh)))
+            for w, (n, _) in now.items():
+                for (fork, tail), slots in packs[w].slots.items():
+                    yield n, fork, tail, float(logp_WQ[w, slots].astype(np.float64).sum())
 
 
 def _called(request: _Request, function: Callable, tokens: list[int]) -> Any:
@@ -296,7 +291,53 @@ def _resolve(future: Future, result: Any) -> None:
         pass
 
 
-def _up(number: int, step: int) -> int:
-    while step < number:
-        step *= 2
-    return step
+def portions(forks: Sequence[Fork]) -> Iterator[list[Fork]]:
+    """The same tails in lists of forks of at most SLOTS slots; a fork with many tails is cut into several with the same stem."""
+    part: list[Fork] = []
+    used = 0
+    for fork in forks:
+        head = 1 + len(fork.stem)
+        open_fork: dict[str, list[int]] | None = None
+        for name, tokens in fork.tails.items():
+            if head + len(tokens) > SLOTS:
+                raise ValueError(f"{fork.name} {name}: a stem of {head - 1} and a tail of {len(tokens)} tokens are more than {SLOTS - 1}")
+            if used + len(tokens) + (0 if open_fork is not None else head) > SLOTS:
+                yield part
+                part, used, open_fork = [], 0, None
+            if open_fork is None:
+                open_fork = {}
+                part.append(fork._replace(tails=open_fork))
+                used += head
+            open_fork[name] = tokens
+            used += len(tokens)
+    if part:
+        yield part
+
+
+class _Pack:
+    """Forks in slots."""
+
+    def __init__(self) -> None:
+        zeros = lambda value=0: np.full(SLOTS, value, np.int32)  # noqa: E731
+        self.tails = Tails(zeros(), zeros(), zeros(-1), zeros(-1), zeros(), zeros())
+        self.slots: dict[tuple[str, str], list[int]] = {}  # of each tail
+        self._next = self._tail = 0
+
+    def put(self, forks: Sequence[Fork], tokens: Sequence[int], last: int) -> None:
+        """Behind an answer of these `tokens`; `last` is the prompt's last one."""
+        for number, fork in enumerate(forks):
+            first = fork.branch - 1
+            before = [tokens[first] if fork.branch else last, *fork.stem]
+            stem = self._add(before, first, number, -1, first, self._next)
+            for name, ids in fork.tails.items():
+                self.slots[fork.name, name] = self._add(ids, fork.branch + len(fork.stem), number, self._tail, first, stem[-1])
+                self._tail += 1
+
+    def _add(self, ids: Sequence[int], place: int, fork: int, tail: int, first: int, source: int) -> list[int]:
+        slots = list(range(self._next, self._next + len(ids)))
+        for k, (slot, token) in enumerate(zip(slots, ids, strict=True)):
+            values = token, place + k, fork, tail, first, source if k == 0 else slot - 1
+            for array, value in zip(jax.tree.leaves(self.tails), values, strict=True):
+                array[slot] = value
+        self._next += len(ids)
+        return slots

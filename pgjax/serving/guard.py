@@ -24,8 +24,8 @@ from pgjax.data.schema import MODALITIES, Example, Modality
 from pgjax.generate.law import Law
 from pgjax.serving.calibration import Calibration, read_calibration
 from pgjax.serving.engine import Ask, Engine, Told
+from pgjax.serving.scores import forks
 from pgjax.serving.scores import read as read_scores
-from pgjax.serving.scores import tails
 from pgjax.serving.verdict import read, verdict
 from pgjax.taxonomy import PolicyView, Taxonomy, full_view, level_of, load_taxonomy, node_of_id, parse_taxonomy
 from pgjax.tokenizer import never_sampled
@@ -48,6 +48,12 @@ class How:
     categories: bool = True  # score every listed category too
     seed: int = 0
     deadline: float | None = None  # time.monotonic()
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} must be 0 to 1")
+        if self.samples < 1:
+            raise ValueError(f"samples {self.samples} must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,8 @@ class Guard:
         the format. `calibrated` off: scores as they come. `prompt_tokens` stands instead of the recipe's data.prompt_tokens; a model has
         not seen longer prompts in training. ValueError for a calibration beside the model that belongs to another checkpoint.
         """
+        if min(rows, queue) < 1:
+            raise ValueError(f"rows {rows} and queue {queue} must be 1 or more")
         calibration = read_calibration(folder, best) if calibrated else None
         recipe, setup, params, tokenizer = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
         data = dataclasses.replace(recipe.data, prompt_tokens=prompt_tokens or recipe.data.prompt_tokens)
@@ -120,12 +128,12 @@ class Guard:
             weights = jax.jit(setup.cast, out_shardings=setup.rollout)(params)
             automaton = answers.build(tokenizer, ids, recipe.answer.think_tag, vocab, cache_dir())
             law = Law(jax.numpy.asarray(never_sampled(tokenizer, vocab)), automaton, None, limit)
-        T = recipe.data.prompt_tokens + len(_tokens(tokenizer, _opening(recipe)))
+        T = recipe.data.prompt_tokens + len(tokenizer(_opening(recipe), add_special_tokens=False)["input_ids"])
         engine = Engine(setup, weights, law, T, recipe.data.patches, rows, queue)
         return cls(recipe, tokenizer, taxonomy, jax.tree.map(np.asarray, automaton), calibration, engine, bound)
 
-    def close(self, drain: bool = False) -> None:
-        self.engine.stop(drain)
+    def close(self) -> None:
+        self.engine.stop()
 
     def __enter__(self) -> "Guard":
         return self
@@ -186,7 +194,7 @@ class Guard:
         prompt = policy.renderer.prompt(example, view, opening, self.engine.prompt_tokens)
         node_of_id_K = node_of_id(view, self.automaton.ids)
         start = int(self.automaton.start_M[MODALITIES.index(example.modality)])
-        start = answers.walk(self.automaton, start, _tokens(self.tokenizer, opening))
+        start = answers.walk(self.automaton, start, self.encode([opening])[0])
         ids = [id for id, _ in view.entries if id in view.answerable] if how.categories else []
         has_response = example.modality != "image"
         ask = Ask(
@@ -199,7 +207,7 @@ class Guard:
             how.seed,
             self.bound,
             how.deadline,
-            lambda tokens: tails(opening + self.text(tokens), opening, tokens, self.tokenizer, ids, has_response),
+            lambda tokens: forks(opening, tokens, self.text, self.encode, ids, has_response),
         )
         needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min())
         if ask.bound and needed > ask.limit:
@@ -228,7 +236,7 @@ class Guard:
         how, opening = case.how, self.opening(case.how.mode)
         tag = self.recipe.answer.think_tag
         readings = [
-            read(opening + self.text(told.tokens), told.state, self.automaton, case.node_of_id_K, tag, read_scores(told.tails))
+            read(opening + self.text(told.tokens), told.state, self.automaton, case.node_of_id_K, tag, read_scores(told.scores))
             for told in case.future.result()
         ]
         calibration = self.calibration
@@ -253,6 +261,9 @@ class Guard:
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
     # --- the model itself ------------------------------------------------------------------------------------------------------------
 
     def chat(self, messages: list[dict], images: Sequence[bytes], **how: Any) -> Ask:
@@ -276,10 +287,6 @@ def _answered(case: Case | Unfit) -> Case | Unfit:
 def _opening(recipe: Recipe) -> str:
     """What an answer in mode `fast` begins with."""
     return f"<{recipe.answer.think_tag}></{recipe.answer.think_tag}>\n<answer>\n"
-
-
-def _tokens(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _ids(taxonomy: Taxonomy) -> tuple[str, ...]:

@@ -1,21 +1,21 @@
 """How sure a guard is (DESIGN idea 2): what stands on a line of its answer against what could stand there.
 
-The answer is cut where a line begins, continued with every alternative, and the engine scores all of them as tails of one prefix, whose
-keys it still has. Labels: safe against unsafe. Categories: the ids that the prompt lists, on the Category line of an answer that calls
-something unsafe; where the answer calls all safe, of one that would call the request unsafe. Not calibrated until `pgjax calibrate`.
+The answer is cut where a line begins and continued with every alternative; the engine scores all of them behind the keys that it still
+has. Labels: safe against unsafe. Categories: the ids that the prompt lists, on the Category line of an answer that calls something
+unsafe; where the answer calls all safe, of one that would call the request unsafe. Not calibrated until `pgjax calibrate`.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit
 
-from pgjax.serving.engine import Tail
+from pgjax.generate.labels import line_starts
+from pgjax.serving.engine import Fork
 
-_ANSWER = re.compile(r"<answer>\r?\n(?=Request:)")
-_LINES = re.compile(r"Request:(\w+)\r?\n(?:Response:(\w+)\r?\n)?(?=Category:)")
+Decode = Callable[[Sequence[int]], str]
+Encode = Callable[[list[str]], list[list[int]]]
 
 
 class Scores(NamedTuple):
@@ -28,65 +28,47 @@ class Scores(NamedTuple):
     outside: float | None
 
 
-def tails(text: str, opening: str, tokens: Sequence[int], tokenizer, ids: Sequence[str], has_response: bool) -> list[Tail]:
-    """What to score behind an answer of these `tokens`, whose `text` begins with `opening` (part of the prompt). Of the lines that it
-    lacks nothing is scored. Without `ids` no categories are."""
-    found: list[Tail] = []
+def forks(opening: str, tokens: Sequence[int], decode: Decode, encode: Encode, ids: Sequence[str], has_response: bool) -> list[Fork]:
+    """What to score behind an answer of these `tokens`, whose text begins with `opening` (part of the prompt). Of the lines that it lacks
+    nothing is scored. Without `ids` no categories are."""
+    text = opening + decode(tokens)
+    starts, found = line_starts(text), []
 
-    def add(line: str, at: int, endings: dict[str, str]) -> None:
-        branch = boundary(tokens, tokenizer, at - len(opening))
-        between = text[len(opening) + len(_decode(tokenizer, tokens[:branch])) : at]
-        texts = [between + ending for ending in endings.values()]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        found.extend(Tail(f"{line} {name}", branch, ids) for name, ids in zip(endings, encoded, strict=True))
+    def add(name: str, at: int, endings: dict[str, str]) -> None:
+        branch = boundary(tokens, decode, at - len(opening))
+        between = text[len(opening) + len(decode(tokens[:branch])) : at]
+        encoded = encode([between + ending for ending in endings.values()])
+        shared = next((k for k, column in enumerate(zip(*encoded, strict=False)) if len(set(column)) > 1), 0)
+        tails = {ending: tail[shared:] for ending, tail in zip(endings, encoded, strict=True)}
+        found.append(Fork(name, branch, encoded[0][:shared], tails))
 
-    places = list(_ANSWER.finditer(text))  # the last counts: reasoning may spell an answer too
-    if not places:
-        return found
-    start = places[-1].end()
     both = lambda line: {label: f"{line}:{label}" for label in ("safe", "unsafe")}  # noqa: E731
-    add("request", start, both("Request"))
-    if lines := _LINES.match(text, start):
-        if lines[2]:
-            add("response", lines.start(2) - len("Response:"), both("Response"))
-        unsafe = "unsafe" in lines.groups()
+    for line in ("Request", "Response"):
+        if line in starts:
+            add(line, starts[line], both(line))
+    if ids and "Category" in starts:
+        unsafe = "unsafe" in text[starts["Request"] : starts["Category"]]
         before = "" if unsafe else "Request:unsafe\n" + "Response:safe\n" * has_response
-        if ids:
-            add("category", lines.end() if unsafe else start, {name: f"{before}Category:{name}\n" for name in (*ids, "None")})
+        add("Category", starts["Category" if unsafe else "Request"], {name: f"{before}Category:{name}\n" for name in (*ids, "None")})
     return found
 
 
-def boundary(tokens: Sequence[int], tokenizer, characters: int) -> int:
+def boundary(tokens: Sequence[int], decode: Decode, characters: int) -> int:
     """How many of an answer's tokens make at most so many characters."""
     low, high = 0, len(tokens)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(_decode(tokenizer, tokens[:middle])) <= characters else (low, middle - 1)
+        low, high = (middle, high) if len(decode(tokens[:middle])) <= characters else (low, middle - 1)
     return low
 
 
-def _decode(tokenizer, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True)
-
-
-def read(scored: Sequence[tuple[Tail, np.ndarray]]) -> Scores:
-    """Scores from tails with their tokens' logprobs, float32."""
-    lines: dict[str, dict[str, float]] = {}
-    for line in ("request", "response", "category"):
-        own = [(tail, logp) for tail, logp in scored if tail.name.startswith(line + " ")]
-        if own:
-            shared = _shared([tail.tokens for tail, _ in own])  # cancels; left out, it cannot cancel badly
-            lines[line] = {tail.name.partition(" ")[2]: float(logp[shared:].astype(np.float64).sum()) for tail, logp in own}
-    unsafe = lambda line: float(expit(lines[line]["unsafe"] - lines[line]["safe"])) if line in lines else None  # noqa: E731
-    by_id = {name: float(np.exp(logp)) for name, logp in lines.get("category", {}).items()}
+def read(logp: Mapping[str, Mapping[str, float]]) -> Scores:
+    """Scores from the logprobs of the forks' tails."""
+    unsafe = lambda line: float(expit(logp[line]["unsafe"] - logp[line]["safe"])) if line in logp else None  # noqa: E731
+    by_id = {name: float(np.exp(value)) for name, value in logp.get("Category", {}).items()}
     known = max(1 - by_id.pop("None", 0.0), 1e-30)
     share = {name: min(p / known, 1.0) for name, p in by_id.items()}
-    return Scores(unsafe("request"), unsafe("response"), share, max(1 - sum(share.values()), 0.0) if share else None)
-
-
-def _shared(tokens: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all have."""
-    return next((k for k, column in enumerate(zip(*tokens, strict=False)) if len(set(column)) > 1), min(map(len, tokens)))
+    return Scores(unsafe("Request"), unsafe("Response"), share, max(1 - sum(share.values()), 0.0) if share else None)
 
 
 def mean(scores: Sequence[Scores]) -> Scores:
