@@ -72,6 +72,7 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.data.rows import conversation, conversation_of
     from pgjax.serving.batch import moderate_rows
     from pgjax.serving.guard import Guard
+    from pgjax.train.saved import fingerprint
 
     lines = read_jsonl(args.jsonl) if args.jsonl else []
     if not args.jsonl:
@@ -83,7 +84,9 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     with Guard.load(Path(args.model), **loading(args)) as guard:
         policy = guard.policy(args.categories, own)
         if args.out:
-            job = {"model": str(Path(args.model).resolve()), "policy": own, "categories": args.categories, "unbound": args.unbound}
+            job = {"model": fingerprint(Path(args.model), args.best), "policy": own, "categories": args.categories}
+            job |= {"calibration": guard.calibration and dataclasses.asdict(guard.calibration)}
+            job |= {name: value for name, value in loading(args).items() if name != "rows"}
             print(json.dumps(moderate_rows(guard, lines, policy, how, Path(args.out), job)))
             return
         ids = [line.row.get("id", line.number) for line in lines] or [None]

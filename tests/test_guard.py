@@ -274,7 +274,10 @@ def test_free_names_are_printable_bounded_and_without_addresses():
         ("ask a@example.org", "ask link"),
         ("bit.ly/abc offers", "link offers"),
         ("U.S. export rules", "U.S. export rules"),
-        ("<b>[click](x)</b> `me`", "b click (x) /b me"),
+        ("t.co/abc x.com 1.2.3.4 evil\uff0ecom evil\u3002com", "link link link link link"),
+        ("\uff57\uff57\uff57.\uff45\uff56\uff49\uff4c javascript:alert(1) localhost:8000", "link link link"),
+        ("a" * 100_000 + ".com", "a" * 80),  # in no time
+        ("<b>[click](x)</b> `me`", "link me"),
         ("a\u202eb\x07c", "a b c"),
         ("x" * 500, "x" * 80),
         ("\u200b", "unnamed"),

@@ -19,6 +19,7 @@ from pgjax.config import VisionConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # few decoders, since files come from strangers
 MAX_IMAGE_PIXELS = 64 * 2**20  # of the file as it is, before resizing; our choice
+MAX_SCANS = 64  # of a progressive JPEG, which usually has about ten: each is decoded over the whole picture, whatever its size
 MAX_FILE_BYTES = 256 * 2**20  # that many RGB pixels without compression, with some room
 
 
@@ -42,6 +43,8 @@ def load_image(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError("too many scans")
         if small := image.width * image.height <= MAX_IMAGE_PIXELS:
             image.load()
             image = ImageOps.exif_transpose(image)
@@ -49,7 +52,7 @@ def load_image(data: bytes) -> Image.Image:
         raise ValueError(f"the image has more than the {MAX_IMAGE_PIXELS} pixels allowed; shrink it") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"not an image that is read here; give one of {', '.join(FORMATS)}") from error
-    except (OSError, SyntaxError, EOFError, ValueError) as error:  # Pillow's ways to say that a file ends early or is broken
+    except Exception as error:  # Pillow has many ways to say that a file ends early or is broken: OSError, SyntaxError, TypeError, ...
         raise ValueError("the image is truncated or broken and cannot be decoded; give the whole file") from error
     if not small:
         raise ValueError(f"the image has {image.width} x {image.height} pixels, more than the {MAX_IMAGE_PIXELS} allowed; shrink it")

@@ -1,6 +1,6 @@
 """`pgjax moderate --jsonl IN --out OUT`: many rows through one engine, that goes on where it was killed.
 
-OUT/verdicts.jsonl has a line for each row that was judged, in the order in which they were done; OUT/errors.jsonl one for each that could
+OUT/verdicts.jsonl has a line for each row that was judged, in their order; OUT/errors.jsonl one for each that could
 not be, and why. A line names its row by its number in IN. OUT/job.json says what both were made from.
 """
 
@@ -8,13 +8,13 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from pgjax.data.jsonl import Line
 from pgjax.data.rows import conversation_of
+from pgjax.data.schema import Example
 from pgjax.files import read_json, replace_file
 from pgjax.serving.guard import Case, Guard, How, Policy
 from pgjax.train.progress import Progress
@@ -33,34 +33,26 @@ def moderate_rows(guard: Guard, lines: Sequence[Line], policy: Policy, how: How,
         replace_file(out / JOB, json.dumps(job, indent=1) + "\n")
     done = {name: _done(out / name) for name in (VERDICTS, ERRORS)}
     seen = done[VERDICTS] | done[ERRORS]
-    todo = deque(line for line in lines if line.number not in seen)
-    flight: deque[tuple[Line, Case]] = deque()
+    todo = [line for line in lines if line.number not in seen]
     tokens, began = guard.engine.counts.tokens, time.monotonic()
     with open(out / VERDICTS, "a") as verdicts, open(out / ERRORS, "a") as errors, Progress("moderate", len(lines), len(seen)) as progress:
-        while todo or flight:
-            while todo and len(flight) < 2 * guard.engine.rows:
-                line = todo.popleft()
-                try:
-                    flight.append((line, guard.submit(conversation_of(line), policy, how, wait=True)))
-                except ValueError as error:
-                    _write(errors, line, {"error": str(error)})
-                    done[ERRORS].add(line.number)
-            if flight:
-                line, case = _first_done(flight)
+        for line, case in zip(todo, guard.judge(map(_row, todo), policy, how), strict=True):
+            if isinstance(case, Case):
                 _write(verdicts, line, guard.verdict(case))
-                done[VERDICTS].add(line.number)
+            else:
+                _write(errors, line, {"error": str(case)})
+            done[VERDICTS if isinstance(case, Case) else ERRORS].add(line.number)
             finished, spent = len(done[VERDICTS]) + len(done[ERRORS]), time.monotonic() - began
             rates = {"rows/s": (finished - len(seen)) / spent, "tokens/s": (guard.engine.counts.tokens - tokens) / spent}
             progress.update(finished, **rates, errors=len(done[ERRORS]))
     return {"rows": len(lines), "judged": len(done[VERDICTS]), "errors": len(done[ERRORS])}
 
 
-def _first_done(flight: deque[tuple[Line, Case]]) -> tuple[Line, Case]:
-    """The first that has its answer, whoever came before it; where none has, the oldest, which is waited for."""
-    number = next((k for k, (_, case) in enumerate(flight) if case.future.done()), 0)
-    found = flight[number]
-    del flight[number]
-    return found
+def _row(line: Line) -> tuple[Example, None] | ValueError:
+    try:
+        return conversation_of(line), None
+    except ValueError as error:
+        return error
 
 
 def _write(file: TextIO, line: Line, row: dict) -> None:

@@ -219,12 +219,15 @@ class Guard:
         ask, node_of_id_K = self.ask(example, policy, how, view)
         return Case(example, policy, how, node_of_id_K, self.engine.submit(ask, wait))
 
-    def judge(self, rows: Iterable[tuple[Example, PolicyView | None]], policy: Policy, how: How = How()) -> Iterator[Case | Unfit]:
-        """Every row's case when it has its answers, in order, or why it cannot be shown; a few are on their way at a time."""
-        flight: deque[Case | Unfit] = deque()
-        for example, view in rows:
+    def judge(
+        self, rows: Iterable[tuple[Example, PolicyView | None] | ValueError], policy: Policy, how: How = How()
+    ) -> Iterator[Case | ValueError]:
+        """Every row's case when it has its answers, in order, or why it cannot be judged (Unfit, or the error that stands in the row's
+        place); a few are on their way at a time, and no more rows than those are read."""
+        flight: deque[Case | ValueError] = deque()
+        for row in rows:
             try:
-                flight.append(self.submit(example, policy, how, view, wait=True))
+                flight.append(row if isinstance(row, ValueError) else self.submit(row[0], policy, how, row[1], wait=True))
             except Unfit as error:
                 flight.append(error)
             if len(flight) >= 2 * self.engine.rows:
@@ -250,7 +253,7 @@ class Guard:
         """A verdict for each conversation, in order, as they come. Unfit as `fitted`, before any is answered."""
         fitted = [(self.fitted(example, policy, view), view) for example in examples for view in [policy.view(example.modality)]]
         for case in self.judge(fitted, policy, how):
-            if isinstance(case, Unfit):
+            if isinstance(case, ValueError):
                 raise case
             yield self.verdict(case)
 
@@ -278,7 +281,7 @@ class Guard:
         return Ask(prompt, int(self.automaton.start_M[0]), np.ones(len(self.automaton.ids) + 2, bool), bound=False, **how)
 
 
-def _answered(case: Case | Unfit) -> Case | Unfit:
+def _answered(case: Case | ValueError) -> Case | ValueError:
     if isinstance(case, Case):
         case.future.result()
     return case

@@ -1,6 +1,7 @@
 """From answers to a verdict: what one says, what several agree on, and whether that flags the conversation."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from pgjax.serving.scores import Scores
 from pgjax.taxonomy import Taxonomy
 
 NAME_LIMIT, REASONING_LIMIT = 80, 2000  # characters that are shown
-_ADDRESS = re.compile(r"\S*(?:://|www\.|@|\w{2,}\.\w{2,})\S*", re.IGNORECASE)
+_ADDRESS = re.compile(r"[:/@]|\w[.\u3002]\w")  # in a word: a scheme, a path, a mailbox, a host
+_INITIALS = re.compile(r"(?:[A-Z]\.){2,}")  # U.S.
 
 
 class Reading(NamedTuple):
@@ -115,5 +117,6 @@ def printable(text: str, limit: int) -> str:
 
 def free_name(text: str) -> str:
     """A category in the guard's own words, which whoever is judged can steer: as `printable`, and no address or markup in it."""
-    bare = "".join(" " if c in "<>[]{}|`\\" else c for c in _ADDRESS.sub("link", printable(text, len(text))))
-    return " ".join(bare.split())[:NAME_LIMIT] or "unnamed"
+    plain = unicodedata.normalize("NFKC", printable(text, 4 * NAME_LIMIT))
+    words = ("link" if _ADDRESS.search(word) and not _INITIALS.fullmatch(word) else word for word in plain.split())
+    return " ".join("".join(" " if c in "<>[]{}|`\\" else c for c in " ".join(words)).split())[:NAME_LIMIT] or "unnamed"
