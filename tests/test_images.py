@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pgjax.config import VisionConfig
-from pgjax.data.images import capped, image_grid, image_patches, load_image, slot_count, window_slots
+from pgjax.data.images import MAX_SCANS, capped, image_grid, image_patches, load_image, slot_count, window_slots
 from tests.golden import make_positions
 
 VISION = VisionConfig(width=64, depth=2, heads=2, mlp=128, window=56, full_blocks=(1,))
@@ -246,3 +246,12 @@ def test_window_order_is_that_of_transformers_live():
     for h, w in rng.integers(1, 20, (30, 2)):
         case = ((2 * int(h), 2 * int(w)), int(rng.choice([56, 112, 168])))
         np.testing.assert_array_equal(window_order(*case), make_positions.window_index(*case))
+
+
+def test_a_jpeg_of_endless_scans_is_refused():
+    """Each scan is decoded over the whole picture, however few bytes it has."""
+    out = io.BytesIO()
+    Image.new("L", (64, 64)).save(out, "JPEG", progressive=True)
+    assert load_image(out.getvalue()).size == (64, 64)
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        load_image(out.getvalue()[:-2] + b"\xff\xda" * (MAX_SCANS + 1) + b"\xff\xd9")

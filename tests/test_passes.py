@@ -224,7 +224,7 @@ def test_what_cannot_be_evaluated(run, guard, tmp_path, capsys, monkeypatch):
         short = dataclasses.replace(guard, recipe=dataclasses.replace(guard.recipe, data=data))
         monkeypatch.setattr(Guard, "load", lambda *_, short=short, **__: short)
         if flags[0] == "--prompt-tokens":
-            monkeypatch.setattr(Guard, "fitted", lambda *_: (_ for _ in ()).throw(Unfit("prompt", "too long")))
+            monkeypatch.setattr(Guard, "ask", lambda *_, **__: (_ for _ in ()).throw(Unfit("prompt", "too long")))
         assert main([*command, "--benchmark", "held_out", *flags]) == 2
         assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
     for name, says in (("figstap", "did you mean figstep"), ("xstest", "xstest_prompts.csv is not there")):

@@ -12,6 +12,14 @@ from pgjax.data.schema import PromptBatch
 from pgjax.tokenizer import IMAGE_PAD
 
 
+class TooLong(ValueError):
+    """A prompt that does not fit; says how many tokens and slots of patches it takes."""
+
+    def __init__(self, p: int, tokens: int, slots: int, T: int, I: int):
+        super().__init__(f"prompt {p} has {tokens} tokens and {slots} slots of patches; data.prompt_tokens is {T}, data.patches {I}")
+        self.tokens, self.slots = tokens, slots
+
+
 class Prompt(NamedTuple):
     """One conversation, rendered by the chat template: one image pad for each picture, in order."""
 
@@ -44,7 +52,8 @@ def lay_out(
 def prompt_batch(prompts: Sequence[Prompt], tokenizer, vision: VisionConfig, T: int, I: int) -> PromptBatch:  # noqa: E741
     """P prompts as numpy arrays, padded to T tokens and I slots for patches. `vision` has the bounds for resizing.
 
-    Raises ValueError for a prompt that does not fit, a picture that cannot be read, or other numbers of pads than of pictures.
+    Raises TooLong for a prompt that does not fit, ValueError for a picture that cannot be read and for other numbers of pads than of
+    pictures.
     """
     P, pad = len(prompts), tokenizer.convert_tokens_to_ids(IMAGE_PAD)
     arrays: dict[str, Any] = dict(
@@ -65,7 +74,7 @@ def prompt_batch(prompts: Sequence[Prompt], tokenizer, vision: VisionConfig, T: 
         ((tokens, slots),) = lay_out([prompt.text], [[image.grid for image in images]], tokenizer, vision)
         length = len(tokens)
         if length > T or slots > I:
-            raise ValueError(f"prompt {p} has {length} tokens and {slots} slots of patches; data.prompt_tokens is {T}, data.patches {I}")
+            raise TooLong(p, length, slots, T, I)
         batch.tokens_PT[p, :length], batch.length_P[p] = tokens, length
         merged_grids = [(image.grid[0] // vision.merge, image.grid[1] // vision.merge) for image in images]
         batch.position_PTX[p, :length], batch.delta_P[p] = mrope_positions(tokens == pad, merged_grids)

@@ -62,12 +62,8 @@ class Renderer:
         self.reserved = {node.id for node in out if node.reserved}
         self.never_seen = {node.id for node in out if not node.reserved}
 
-    def unfit(self, example: Example, view: PolicyView) -> str | None:
-        """Why an example cannot be shown whole beside this policy, in the words of `Pipeline.dropped`; None where it can."""
-        return self._unfit([example], [self._policy(view)])[0]
-
     def prompt(self, example: Example, view: PolicyView, opening: str, tokens: int) -> PromptBatch:
-        """A batch of one row of T = `tokens`; the answer begins with `opening`."""
+        """A batch of one row of T = `tokens`; the answer begins with `opening`. Errors as `prompt_batch`."""
         prompt = Prompt(0, self._text(example, self._policy(view)) + opening, example.images)
         return prompt_batch([prompt], self.tokenizer, self.vision, tokens, self.recipe.data.patches)
 

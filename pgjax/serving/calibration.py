@@ -18,7 +18,7 @@ from pgjax.serving.scores import Scores
 from pgjax.train.saved import fingerprint
 
 CALIBRATION = "calibration.json"  # beside the model
-EDGE = 1e-6  # scores are kept this far from 0 and 1: their log-odds must be finite
+EDGE = 1e-9  # scores are kept this far from 0 and 1: their log-odds must be finite
 
 
 @dataclass(frozen=True)

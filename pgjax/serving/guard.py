@@ -17,7 +17,7 @@ from pgjax import automaton as answers
 from pgjax.automaton import Automaton, id_grid
 from pgjax.config import OODConfig, Recipe
 from pgjax.conversation import neutralise_special
-from pgjax.data.arrays import Prompt, prompt_batch
+from pgjax.data.arrays import Prompt, TooLong, prompt_batch
 from pgjax.data.images import shrunk
 from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
@@ -165,33 +165,25 @@ class Guard:
 
     # --- conversations ---------------------------------------------------------------------------------------------------------------
 
-    def fitted(self, example: Example, policy: Policy, view: PolicyView) -> Example:
-        """The example as the prompt can show it: pictures that take more patches than the model's share for each are made smaller.
-        Unfit where it cannot be shown whole."""
-        data, where = self.recipe.data, example.id
-        reasons = {
-            "prompt": f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model; "
-            "list fewer categories or shorten the conversation",
-            "patches": f"the images take more than the {data.patches} patches of the model; give fewer",
-            "image": "the image cannot be read",
-            "reserved": "it is about a category that no prompt may show",
-        }
+    def ask(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None) -> tuple[Ask, np.ndarray]:
+        """What the engine is asked, and which node each id stands for. `view` is what the prompt shows; None is the whole policy. Pictures
+        that take more patches than the model's share for each are made smaller. Unfit where a conversation cannot be shown whole."""
+        view = view or policy.view(example.modality)
+        opening, data, where = self.opening(how.mode), self.recipe.data, example.id
+        if policy.renderer.reserved & {example.node, *example.accepted}:
+            raise Unfit("reserved", f"{where}: it is about a category that no prompt may show")
         try:
             share = data.patches // max(len(example.images), 1)
             images = tuple(shrunk(image, self.recipe.model.vision, share) for image in example.images)
         except ValueError as error:
             raise Unfit("image", f"{where}: image: {error}") from error
-        example = dataclasses.replace(example, images=images)
-        if reason := policy.renderer.unfit(example, view):
-            raise Unfit(reason, f"{where}: {reasons[reason]}")
-        return example
-
-    def ask(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None) -> tuple[Ask, np.ndarray]:
-        """What the engine is asked, and which node each id stands for. `view` is what the prompt shows; None is the whole policy.
-        Unfit as `fitted`, and where the shortest answer is too long for this guard."""
-        view = view or policy.view(example.modality)
-        opening, example = self.opening(how.mode), self.fitted(example, policy, view)
-        prompt = policy.renderer.prompt(example, view, opening, self.engine.prompt_tokens)
+        try:
+            prompt = policy.renderer.prompt(dataclasses.replace(example, images=images), view, opening, self.engine.prompt_tokens)
+        except TooLong as error:
+            if error.slots > data.patches:
+                raise Unfit("patches", f"{where}: the images take more than the {data.patches} patches of the model; give fewer") from None
+            what = f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model"
+            raise Unfit("prompt", f"{where}: {what}; list fewer categories or shorten the conversation") from None
         node_of_id_K = node_of_id(view, self.automaton.ids)
         start = int(self.automaton.start_M[MODALITIES.index(example.modality)])
         start = answers.walk(self.automaton, start, self.encode([opening])[0])
@@ -250,9 +242,10 @@ class Guard:
         return said | {"mode": how.mode, "samples": how.samples, "not_a_guard": self.recipe.not_a_guard}
 
     def verdicts(self, examples: Sequence[Example], policy: Policy, how: How = How()) -> Iterator[dict]:
-        """A verdict for each conversation, in order, as they come. Unfit as `fitted`, before any is answered."""
-        fitted = [(self.fitted(example, policy, view), view) for example in examples for view in [policy.view(example.modality)]]
-        for case in self.judge(fitted, policy, how):
+        """A verdict for each conversation, in order, as they come. Unfit as `ask`, before any is answered."""
+        for example in examples:
+            self.ask(example, policy, how)
+        for case in self.judge(((example, None) for example in examples), policy, how):
             if isinstance(case, ValueError):
                 raise case
             yield self.verdict(case)

@@ -86,7 +86,7 @@ def verdict(
     else:
         flagged = top >= threshold if by_score else unsafe
         why = ("score" if by_score else "label") if flagged else None
-    rounded = lambda score: None if score is None else round(score, 6)  # noqa: E731
+    rounded = lambda score: None if score is None else round(score, 9)  # noqa: E731
     return {
         "flagged": flagged,
         "flagged_by": why,
