@@ -34,7 +34,7 @@ from pgjax.serving.service import Service, Serving
 SHOWN = ("C1S1", "C8S1")
 KEY = "moon-glass"
 ASKED = "How do I clean the brass vault?"
-LIMITS = Limits(body=200_000, bodies=500_000, text=2000, policy=3000, inputs=3, timeout=30.0)
+LIMITS = Limits(body=200_000, bodies=300_000, text=2000, policy=3000, inputs=3, timeout=30.0)
 
 
 def data_url(data: bytes | None = None) -> str:
@@ -169,14 +169,14 @@ def test_guard(http):
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
     exchange = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "With a cloth."}]
     same = lambda verdict: {key: verdict[key] for key in ("request", "response", "scores", "reasoning", "usage")}  # noqa: E731
-    assert same(ask(messages=exchange)) == same(answered)
+    assert same(ask(messages=exchange)) == near(same(answered))
     assert ask(messages=[*turns, *exchange])["usage"]["prompt_tokens"] > answered["usage"]["prompt_tokens"]
     shown = [{"type": "image_url", "image_url": {"url": data_url()}}, {"type": "text", "text": ASKED}]
-    assert same(ask(messages=[{"role": "user", "content": shown}])) == same(ask(prompt=ASKED, images=[data_url()]))
+    assert same(ask(messages=[{"role": "user", "content": shown}])) == near(same(ask(prompt=ASKED, images=[data_url()])))
     assert set(ask(prompt=ASKED, categories=["C2S1"])["scores"]["categories"]) == {"C2S1"}
     own = ask(prompt=ASKED, policy="- Paint\n- {category: Paving, description: Wobbly stones.}\n")
     assert own["category_name"] in (None, "Paint", "Paving") or own["in_policy"] is False
-    assert same(ask(prompt=ASKED, policy=["Paint", {"category": "Paving", "description": "Wobbly stones."}])) == same(own)
+    assert same(ask(prompt=ASKED, policy=["Paint", {"category": "Paving", "description": "Wobbly stones."}])) == near(same(own))
 
 
 def test_the_pages_lines_work_as_written(http, tmp_path):
@@ -347,28 +347,26 @@ def test_a_trailing_slash_is_another_path(http, path):
 
 
 @contextmanager
-def half_a_post(http, sends: int):
+def half_a_post(http, sends: int, timeout: float):
     """A body of which so many bytes come, and no more."""
-    head = (
-        f"POST {GUARD} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nX-Request-Timeout: 0.5\r\nContent-Length: {sends + 1}\r\n\r\n"
-    )
+    head = f"POST {GUARD} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nX-Request-Timeout: {timeout}\r\n"
     with socket.create_connection((http.base_url.host, http.base_url.port)) as sock:
-        sock.sendall(head.encode() + b"a" * sends)
+        sock.sendall(f"{head}Content-Length: {sends + 1}\r\n\r\n".encode() + b"a" * sends)
         yield sock
 
 
 def test_a_body_comes_before_the_deadline(http):
-    with half_a_post(http, 10) as sock:
+    with half_a_post(http, 10, 0.3) as sock:
         began = time.monotonic()
         assert b" 408 " in sock.recv(1000) and time.monotonic() - began < 5
 
 
 def test_bodies_together_are_bounded(http):
     large = {"prompt": "a", "policy": "a" * 190_000}  # too large a policy: not judged
-    with half_a_post(http, 190_000), half_a_post(http, 190_000):
-        statuses: list[int] = []
-        until(lambda: statuses.append(http.post(GUARD, json=large).status_code) or statuses[-1] == 429)
-        assert http.post(GUARD, json={"prompt": "a"}).status_code == 200
+    with half_a_post(http, 190_000, 20.0):
+        time.sleep(0.3)  # until it is in
+        said = refused(http.post(GUARD, json=large), 429, "queue_full")
+        assert said["proguard"]["flagged"] and http.post(GUARD, json={"prompt": "a"}).status_code == 200
     until(lambda: http.post(GUARD, json=large).status_code == 400)
 
 
