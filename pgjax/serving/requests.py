@@ -49,6 +49,12 @@ class Limits:
         if self.bodies < self.body:
             raise ValueError(f"--max-bodies must hold one body at least, of --max-body: {self.bodies} bytes are less than {self.body}")
 
+    @property
+    def marks(self) -> int:
+        """Commas and brackets in a body: as many as its texts may have characters. More of them make many small parts, and each takes some
+        60 bytes when it is parsed."""
+        return self.inputs * self.text + self.policy
+
 
 # --- bodies ------------------------------------------------------------------------------------------------------------------------
 
@@ -182,8 +188,10 @@ class Chat(Body):
 B = TypeVar("B", bound=Body)
 
 
-def parse(model: type[B], data: bytes | bytearray) -> B:
+def parse(model: type[B], data: bytes | bytearray, limits: Limits) -> B:
     """The body as its model."""
+    if sum(map(data.count, b",[{")) > limits.marks:
+        raise Refused(400, "invalid_json", f"the body has more than {limits.marks} commas and brackets; send fewer parts")
     try:
         return model.model_validate_json(data)
     except ValidationError as error:

@@ -128,7 +128,7 @@ class Service:
         except TimeoutError:
             raise Refused(408, "body_timeout", "the body did not arrive in time; send it faster, or less") from None
         async with self.until(deadline):
-            return await self.thread(partial(parse, model, data)), deadline
+            return await self.thread(partial(parse, model, data, self.serving.limits)), deadline
 
     def check_model(self, name: str | None, also: Sequence[str] = ()) -> None:
         if name not in (None, self.serving.name, *also):
