@@ -157,9 +157,9 @@ def serve(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.serving.server import listen, run
     from pgjax.serving.service import Service, Serving
 
-    sizes = (args.max_body << 20, args.max_images, args.max_megapixels << 20, args.max_text, args.max_policy, args.max_inputs)
-    limits = Limits(*sizes, args.timeout)
-    name, hosts = args.name or Path(args.model).resolve().name, frozenset(args.allow_image_host)
+    sizes = (args.max_body << 20, args.max_bodies << 20, args.max_images, args.max_megapixels << 20)
+    limits = Limits(*sizes, args.max_text, args.max_policy, args.max_inputs, args.timeout)
+    name, hosts = args.name or Path(args.model).resolve().name, frozenset(host.lower() for host in args.allow_image_host)
     serving = Serving(name, judging(args), read_policy(args.policy), tuple(args.categories), limits, key, hosts, args.drain)
     with (
         listen(args.host, args.port) as sock,

@@ -1,6 +1,7 @@
 """Images of other machines: what a stranger's URL may reach."""
 
 import asyncio
+import gzip
 import socket
 
 import httpx2
@@ -13,6 +14,10 @@ from pgjax.serving.requests import Refused
 def fetch(url: str, answer=None, limit: int = 1000) -> bytes:
     transport = httpx2.MockTransport(answer or (lambda _: pytest.fail("a request went out")))
     return asyncio.run(fetch_image(url, {"pictures.example", "localhost"}, limit, transport))
+
+
+async def streamed(data: bytes):
+    yield data
 
 
 @pytest.fixture
@@ -64,15 +69,22 @@ def test_a_picture_is_fetched_from_the_address_that_was_checked(addresses):
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked.append((str(request.url), request.headers["host"], request.extensions["sni_hostname"]))
-        return httpx2.Response(200, content=b"picture")
+        assert request.headers["accept-encoding"] == "identity"
+        return httpx2.Response(200, content=streamed(b"picture"))
 
     assert fetch("https://pictures.example/a.png?b=c", answer) == b"picture"
     assert asked == [("https://93.184.216.34/a.png?b=c", "pictures.example", "pictures.example")] and is_public("2606:4700::1111")
     for other in (
         lambda _: httpx2.Response(302, headers={"Location": "https://127.0.0.1/"}),
-        lambda _: httpx2.Response(200, content=b"a" * 1001),
+        lambda _: httpx2.Response(200, content=streamed(b"a" * 1001)),
         lambda _: (_ for _ in ()).throw(httpx2.ConnectError("no")),
     ):
         with pytest.raises(Refused) as error:
             fetch("https://pictures.example/a.png", other)
         assert error.value.code == "image_not_fetched"
+
+
+def test_what_comes_packed_stays_packed(addresses):
+    packed = gzip.compress(bytes(100_000))
+    answer = lambda _: httpx2.Response(200, headers={"Content-Encoding": "gzip"}, content=streamed(packed))  # noqa: E731
+    assert fetch("https://pictures.example/a.png", answer) == packed

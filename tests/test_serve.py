@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ from pgjax.serving.service import Service, Serving
 SHOWN = ("C1S1", "C8S1")
 KEY = "moon-glass"
 ASKED = "How do I clean the brass vault?"
-LIMITS = Limits(body=200_000, text=2000, policy=3000, inputs=3, timeout=30.0)
+LIMITS = Limits(body=200_000, bodies=300_000, text=2000, policy=3000, inputs=3, timeout=30.0)
 
 
 def data_url(data: bytes | None = None) -> str:
@@ -81,6 +81,13 @@ def client(server):
         yield client
 
 
+def near(value):
+    """Equal to the same but for rounding, which depends on the row."""
+    if isinstance(value, dict):
+        return {key: near(part) for key, part in value.items()}
+    return pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+
+
 # --- OpenAI's client ---------------------------------------------------------------------------------------------------------------
 
 
@@ -110,8 +117,7 @@ def test_the_published_clients_form(client):
 
 def test_a_stream_holds_back_half_a_character():
     data = "Grüße ☂".encode()
-    tokenizer = SimpleNamespace(decode=lambda tokens, **_: bytes(tokens).decode("utf-8", "replace"))
-    guard = SimpleNamespace(tokenizer=tokenizer, automaton=SimpleNamespace(stop_V=[False] * 256))
+    guard = SimpleNamespace(text=lambda tokens: bytes(tokens).decode("utf-8", "replace"), automaton=SimpleNamespace(stop_V=[False] * 256))
     ask = SimpleNamespace(deadline=None, prompt=SimpleNamespace(length_P=[3]))
 
     async def listen_to() -> list[str]:
@@ -145,7 +151,7 @@ def test_moderations(client, http):
     assert found["category_scores"]["illicit"] == found["category_scores"]["proguard/C8S1"]
     assert result.category_scores.sexual_minors == 0
     three = client.moderations.create(input=[ASKED, "Hello.", ASKED], model="text-moderation-latest")
-    assert len(three.results) == 3 and three.results[0] == three.results[2] == result
+    assert len(three.results) == 3 and all(three.results[n].to_dict() == near(found) for n in (0, 2))
     parts = [{"type": "text", "text": ASKED}, {"type": "image_url", "image_url": {"url": data_url()}}]
     [both] = client.moderations.create(input=parts).results
     assert list(both.to_dict()["categories"])[13:] == ["proguard/C1", "proguard/C8", "proguard/ood"]
@@ -170,14 +176,14 @@ def test_guard(http):
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
     exchange = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "With a cloth."}]
     same = lambda verdict: {key: verdict[key] for key in ("request", "response", "scores", "reasoning", "usage")}  # noqa: E731
-    assert same(ask(messages=exchange)) == same(answered)
+    assert same(ask(messages=exchange)) == near(same(answered))
     assert ask(messages=[*turns, *exchange])["usage"]["prompt_tokens"] > answered["usage"]["prompt_tokens"]
     shown = [{"type": "image_url", "image_url": {"url": data_url()}}, {"type": "text", "text": ASKED}]
-    assert same(ask(messages=[{"role": "user", "content": shown}])) == same(ask(prompt=ASKED, images=[data_url()]))
+    assert same(ask(messages=[{"role": "user", "content": shown}])) == near(same(ask(prompt=ASKED, images=[data_url()])))
     assert set(ask(prompt=ASKED, categories=["C2S1"])["scores"]["categories"]) == {"C2S1"}
     own = ask(prompt=ASKED, policy="- Paint\n- {category: Paving, description: Wobbly stones.}\n")
     assert own["category_name"] in (None, "Paint", "Paving") or own["in_policy"] is False
-    assert same(ask(prompt=ASKED, policy=["Paint", {"category": "Paving", "description": "Wobbly stones."}])) == same(own)
+    assert same(ask(prompt=ASKED, policy=["Paint", {"category": "Paving", "description": "Wobbly stones."}])) == near(same(own))
 
 
 def test_the_pages_lines_work_as_written(http, tmp_path):
@@ -208,6 +214,23 @@ GUARD, MODERATIONS, CHAT = "/v1/guard", "/v1/moderations", "/v1/chat/completions
 SAY = {"messages": [{"role": "user", "content": ASKED}], "model": "tiny"}
 
 
+CHANGING = {
+    "tools": [{"type": "function"}],
+    "logprobs": True,
+    "top_p": 0.5,
+    "top_k": 5,
+    "moderation": {"model": "tiny"},
+    "allowed_token_ids": [5],
+    "add_generation_prompt": False,
+    "truncate_prompt_tokens": 5,
+    "reasoning_effort": "low",
+    "function_call": {"name": "a"},
+    "include_stop_str_in_output": True,
+    "verbosity": "low",
+    "guided_regex": "a",
+}
+
+
 def picture(url: str) -> dict:
     return {"prompt": ASKED, "images": [url]}
 
@@ -220,7 +243,8 @@ BAD = {
     "no JSON": (GUARD, b"{", 400, "invalid_json"),
     "empty": (CHAT, b"", 400, "invalid_json"),
     "not an object": (GUARD, b"[]", 400, "invalid_type"),
-    "deep": (GUARD, b'{"policy":' + b"[" * 50_000 + b"]" * 50_000 + b"}", 400, "invalid_json"),
+    "deep": (GUARD, b'{"policy":' + b"[" * 5000 + b"]" * 5000 + b"}", 400, "invalid_json"),
+    "many parts": (GUARD, {"prompt": "a", "policy": [[[]] * 10_000]}, 400, "invalid_json"),
     "deep in limits": (GUARD, b'{"prompt":"a","policy":' + b"[" * 100 + b"]" * 100 + b"}", 400, "invalid_value"),
     "a huge number": (GUARD, b'{"prompt":"a","policy":[' + b"9" * 100_000 + b"]}", 400, "invalid_json"),
     "not UTF-8": (GUARD, b'{"prompt":"\xff\xfe"}', 400, "invalid_json"),
@@ -234,6 +258,7 @@ BAD = {
     "empty texts": (GUARD, {"prompt": ""}, 400, "invalid_value"),
     "both": (GUARD, messages(("user", "a")) | {"prompt": "a"}, 400, "invalid_request"),
     "system": (GUARD, messages(("system", "a"), ("user", "a")), 400, "unsupported_role"),
+    "developer": (GUARD, messages(("developer", "a"), ("user", "a")), 400, "unsupported_role"),
     "a response alone": (GUARD, messages(("assistant", "a")), 400, "invalid_request"),
     "no last user turn": (GUARD, messages(("user", "a"), ("assistant", "a"), ("assistant", "a")), 400, "invalid_request"),
     "too many samples": (GUARD, {"prompt": "a", "samples": 5}, 400, "invalid_value"),
@@ -242,10 +267,8 @@ BAD = {
     "another model": (CHAT, SAY | {"model": "gpt"}, 404, "model_not_found"),
     "another moderation": (MODERATIONS, {"input": "a", "model": "gpt"}, 404, "model_not_found"),
     "no model": (CHAT, {"messages": SAY["messages"]}, 400, "invalid_type"),
-    "tools": (CHAT, SAY | {"tools": [{"type": "function"}]}, 400, "unsupported_parameter"),
-    "logprobs": (CHAT, SAY | {"logprobs": True}, 400, "unsupported_parameter"),
-    "top_p": (CHAT, SAY | {"top_p": 0.5}, 400, "unsupported_parameter"),
-    "inline moderation": (CHAT, SAY | {"moderation": {"model": "tiny"}}, 400, "unsupported_parameter"),
+    "an unknown key": (CHAT, SAY | {"a" * 200: 1}, 400, "unsupported_parameter"),
+    **{key: (CHAT, SAY | {key: value}, 400, "unsupported_parameter") for key, value in CHANGING.items()},
     "no tokens": (CHAT, SAY | {"max_tokens": 0}, 400, "invalid_type"),
     "too many answers": (CHAT, SAY | {"n": 5}, 400, "invalid_value"),
     "a stream of two": (CHAT, SAY | {"n": 2, "stream": True}, 400, "unsupported_parameter"),
@@ -311,6 +334,48 @@ def test_bodies_without_a_length_and_other_paths(http):
     refused(http.get("/v1/nothing"), 404, "not_found")
     refused(http.get(GUARD), 405, "method_not_allowed")
     refused(http.post(GUARD, json={"prompt": "a"}, headers={"X-Request-Timeout": "soon"}), 400, "invalid_timeout")
+
+
+def test_what_changes_nothing_is_passed_over(http):
+    plain = SAY | {"temperature": 0}
+    usual = {"user": "a", "metadata": {"a": "b"}, "store": True, "top_p": 1, "stop": [], "tool_choice": "auto", "reasoning_effort": None}
+    [said, as_usual] = (http.post(CHAT, json=body).raise_for_status().json()["choices"] for body in (plain, plain | usual))
+    assert said == as_usual
+    [system, developer] = (
+        http.post(CHAT, json=plain | messages((role, "Be brief."), ("user", "a"))).raise_for_status().json()
+        for role in ("system", "developer")
+    )
+    assert system["choices"] == developer["choices"] and system["usage"] == developer["usage"]
+
+
+@pytest.mark.parametrize("path", [GUARD, MODERATIONS])
+def test_a_trailing_slash_is_another_path(http, path):
+    said = refused(http.post(f"{path}/", json={"prompt": "a"}), 404, "not_found")
+    assert said["proguard"] == {"flagged": True, "fail": "closed"}
+
+
+@contextmanager
+def half_a_post(http, sends: int, timeout: float):
+    """A body of which so many bytes come, and no more."""
+    head = f"POST {GUARD} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nX-Request-Timeout: {timeout}\r\n"
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as sock:
+        sock.sendall(f"{head}Content-Length: {sends + 1}\r\n\r\n".encode() + b"a" * sends)
+        yield sock
+
+
+def test_a_body_comes_before_the_deadline(http):
+    with half_a_post(http, 10, 0.3) as sock:
+        began = time.monotonic()
+        assert b" 408 " in sock.recv(1000) and time.monotonic() - began < 5
+
+
+def test_bodies_together_are_bounded(http):
+    large = {"prompt": "a", "policy": "a" * 190_000}  # too large a policy: not judged
+    with half_a_post(http, 190_000, 20.0):
+        time.sleep(0.3)  # until it is in
+        said = refused(http.post(GUARD, json=large), 429, "queue_full")
+        assert said["proguard"]["flagged"] and http.post(GUARD, json={"prompt": "a"}).status_code == 200
+    until(lambda: http.post(GUARD, json=large).status_code == 400)
 
 
 def test_the_key(http):
@@ -427,6 +492,56 @@ def test_what_fails_inside_is_an_answer_too(server, http, monkeypatch):
     assert http.post(GUARD, json={"prompt": "a"}).status_code == 200
 
 
+def test_a_decoder_that_nobody_waits_for_keeps_its_place(http, monkeypatch):
+    ask, began, running, most = Guard.ask, [], [], []
+
+    def slow(*args):
+        began.append(1)
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.8)
+        running.pop()
+        return ask(*args)
+
+    body = {"prompt": "a", "images": [data_url()], "timeout": 0.2}
+    answers: list[int] = []
+    monkeypatch.setattr(Guard, "ask", slow)
+    for _ in range(2):
+        threads = [threading.Thread(target=lambda: answers.append(http.post(GUARD, json=body).status_code)) for _ in range(6)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert answers == [504] * 12 and max(most) == len(began) == 2  # the others left the line
+    assert http.post(GUARD, json={"prompt": "a"}).status_code == 200  # texts have threads of their own
+    until(lambda: not running)
+
+
+@pytest.mark.parametrize(
+    ("ended", "waiting", "seconds"),
+    [([], 9, 1), ([0.0], 9, 1), ([0.0, 1.0, 2.0, 4.0], 9, 12), ([0.0, 0.1], 9, 1), ([0.0, 50.0], 9, 60), ([0.0, 4.0], 0, 1)],
+)
+def test_when_to_come_again(ended, waiting, seconds):
+    engine = SimpleNamespace(counts=SimpleNamespace(waiting=waiting))
+    assert Service.retry(SimpleNamespace(ended=ended, guard=SimpleNamespace(engine=engine))) == seconds
+
+
+def test_the_pace_is_that_since_the_engine_was_idle(server, http):
+    service = server[1]
+    until(lambda: service.guard.engine.counts.busy == 0)
+    service.ended.extend([0.0, 1.0])  # long ago
+    assert http.post(GUARD, json={"prompt": "a"}).status_code == 200
+    assert len(service.ended) == 2 and service.ended[1] - service.ended[0] < 30
+
+
+def test_not_ready_while_the_engine_fails(server, http, monkeypatch):
+    engine = server[1].guard.engine
+    answers = engine.counts.answers
+    monkeypatch.setattr(engine, "failing", True)
+    assert http.get("/readyz").status_code == 503
+    until(lambda: engine.counts.answers == answers + 1)  # it tries again by itself
+    monkeypatch.setattr(engine, "failing", False)
+    assert http.get("/readyz").status_code == 200 and http.get("/healthz").status_code == 200
+
+
 def test_metrics(http):
     text = http.get("/metrics").text
     for line in ('pgjax_requests_total{route="/v1/guard",status="200"}', 'pgjax_request_seconds_bucket{le="0.1",route="/v1/guard"}'):
@@ -456,6 +571,13 @@ def test_fail_open_is_said(guard):
 # --- the command -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("flag", ["--rows", "--queue"])
+def test_no_rows_are_wrong_usage(capsys, flag):
+    assert main(["serve", "--model", "gone", "--port", "0", flag, "0"]) == 2
+    said = capsys.readouterr()
+    assert "must be 1 or more" in said.err and said.err.count("\n") == 1 and not said.out
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -463,6 +585,9 @@ def test_fail_open_is_said(guard):
         (["--api-key-file", "gone"], "gone"),
         (["--policy", "gone.yaml"], "gone.yaml"),
         (["--port", "70000"], "70000"),
+        (["--max-bodies", "10"], "--max-bodies"),
+        (["--samples", "0"], "samples 0"),
+        (["--threshold", "2"], "threshold 2"),
         (["--host", "no.such.host.invalid", "--no-key"], "cannot listen"),
     ],
 )
@@ -486,6 +611,26 @@ def test_a_server_is_ready_from_its_first_answer_until_it_is_to_stop(guard):
 def test_a_server_whose_own_policy_does_not_fit_is_not_started(guard):
     with pytest.raises(ValueError, match="list fewer categories"):
         Service(guard, Serving("tiny"))
+
+
+def test_more_samples_than_rows_are_wrong_usage(guard, monkeypatch, capsys):
+    monkeypatch.setattr(Guard, "load", lambda *_, **__: nullcontext(guard))
+    assert main(["serve", "--model", "tiny", "--port", "0", "--categories", *SHOWN, "--samples", "9"]) == 2
+    said = capsys.readouterr()
+    assert "9 samples" in said.err and said.err.count("\n") == 1 and not said.out
+
+
+def test_a_call_takes_no_more_texts_than_the_queue(guard):
+    serving = Serving("tiny", categories=SHOWN, limits=Limits(inputs=32))
+    assert Service(guard, serving).serving.limits.inputs == guard.engine.queue == 3
+
+
+def test_hosts_are_in_lower_case(guard, monkeypatch):
+    monkeypatch.setattr(Guard, "load", lambda *_, **__: nullcontext(guard))
+    seen: list[Service] = []
+    monkeypatch.setattr("pgjax.serving.server.run", lambda service, _: seen.append(service))
+    assert main(["serve", "--model", "tiny", "--port", "0", "--categories", *SHOWN, "--allow-image-host", "Pictures.Example"]) == 0
+    assert seen[0].serving.image_hosts == {"pictures.example"}
 
 
 @pytest.mark.drill

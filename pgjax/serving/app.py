@@ -28,30 +28,32 @@ from pgjax.serving.service import Service
 
 
 async def judge(service: Service, request: Request) -> Response:
-    body, began, usual = await service.body(request, Judging), time.monotonic(), service.serving.how
+    began, usual = time.monotonic(), service.serving.how
+    body, deadline = await service.body(request, Judging)
     service.check_model(body.model)
     threshold = usual.threshold if body.threshold is None else body.threshold
     how = How(body.mode or usual.mode, body.samples or usual.samples, threshold, usual.fail_open, body.scores, body.seed)
     said = to_judge(body, service.serving.limits)
-    [judged] = await service.verdicts(request, [said], body, how, body.timeout)
+    deadline = deadline if body.timeout is None else min(deadline, began + body.timeout)
+    [judged] = await service.verdicts(request, [said], body, how, deadline)
     head = {"id": f"guard-{uuid.uuid4().hex}", "model": service.serving.name, "latency_ms": round(1000 * (time.monotonic() - began), 1)}
     return JSONResponse(head | judged.verdict | {"usage": chat.usage(judged.ask, judged.case.future.result())})
 
 
 async def moderate(service: Service, request: Request) -> Response:
-    body = await service.body(request, Moderation)
+    body, deadline = await service.body(request, Moderation)
     service.check_model(body.model, moderations.ALIASES)
-    judged = await service.verdicts(request, to_moderate(body, service.serving.limits), body, service.serving.how, None)
+    judged = await service.verdicts(request, to_moderate(body, service.serving.limits), body, service.serving.how, deadline)
     results = [moderations.result(one.case, one.verdict) for one in judged]
     return JSONResponse({"id": f"modr-{uuid.uuid4().hex}", "model": service.serving.name, "results": results})
 
 
 async def continue_chat(service: Service, request: Request) -> Response:
-    body, guard = await service.body(request, Chat), service.guard
+    (body, deadline), guard = await service.body(request, Chat), service.guard
     service.check_model(body.model)
     body.check()
     messages, urls = to_continue(body.messages, service.serving.limits)
-    most, deadline, ears = guard.recipe.answer.max_tokens, service.deadline(request), chat.Ears() if body.stream else None
+    most, ears = guard.recipe.answer.max_tokens, chat.Ears() if body.stream else None
     how: dict[str, Any] = {
         "limit": min(most, body.max_completion_tokens or body.max_tokens or most),
         "samples": body.n or 1,
@@ -89,7 +91,8 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def readiness(service: Service, request: Request) -> Response:
-    return PlainTextResponse("ready\n" if service.ready else "not ready\n", 200 if service.ready else 503)
+    healthy = service.healthy()
+    return PlainTextResponse("ready\n" if healthy else "not ready\n", 200 if healthy else 503)
 
 
 async def measured(service: Service, request: Request) -> Response:
@@ -109,7 +112,17 @@ ENDPOINTS = {
 
 
 def make_app(service: Service) -> Starlette:
-    fail_open, engine = service.serving.how.fail_open, service.guard.engine
+    serving, engine = service.serving, service.guard.engine
+    fail_open = serving.how.fail_open
+    border = Middleware(
+        Border,
+        metrics=service.metrics,
+        key=serving.key,
+        room=engine.rows + engine.queue,
+        bodies=serving.limits.bodies,
+        retry=service.retry,
+        fail_open=fail_open,
+    )
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -126,11 +139,11 @@ def make_app(service: Service) -> Starlette:
         assert isinstance(error, Refused)
         return refusal(error, request.url.path, fail_open)
 
-    room = engine.rows + engine.queue
-    border = Middleware(Border, metrics=service.metrics, key=service.serving.key, room=room, retry=service.retry, fail_open=fail_open)
-    return Starlette(
+    app = Starlette(
         routes=[Route(path, partial(run, service), methods=[method]) for (method, path), run in ENDPOINTS.items()],
         middleware=[border],
         exception_handlers={Refused: refuse, HTTPException: refuse, ClientDisconnect: lambda *_: Response(status_code=GONE)},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a redirect has no body: a client of a judging route would not learn what no verdict means
+    return app

@@ -29,7 +29,7 @@ def refusal(error: Refused, path: str, fail_open: bool) -> JSONResponse:
     """An error in OpenAI's shape. On the routes that judge it says beside it what a client must make of having no verdict."""
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "server_error" if error.status >= 500 else None)
     shape = {"message": error.message, "type": kind or "invalid_request_error", "param": error.param, "code": error.code}
-    fail = {"proguard": {"flagged": not fail_open, "fail": "open" if fail_open else "closed"}} if path in JUDGING else {}
+    fail = {"proguard": {"flagged": not fail_open, "fail": "open" if fail_open else "closed"}} if path.rstrip("/") in JUDGING else {}
     headers = {} if error.retry is None else {"Retry-After": str(error.retry)}
     if error.status in (401, 408, 413, 429):
         headers["Connection"] = "close"  # the body, or the rest of it, is not read
@@ -38,20 +38,23 @@ def refusal(error: Refused, path: str, fail_open: bool) -> JSONResponse:
 
 @dataclass
 class Border:
-    """ASGI middleware. At most `room` POSTs are under way at a time, bodies that are still coming in included."""
+    """ASGI middleware. At most `room` POSTs are under way at a time, bodies that are still coming in included, and at most `bodies` bytes
+    of theirs."""
 
     app: ASGIApp
     metrics: Metrics
     key: str | None
     room: int
+    bodies: int
     retry: Callable[[], int]  # seconds after which there may be room again
     fail_open: bool
     running: int = field(default=0, init=False)
+    held: int = field(default=0, init=False)  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, path, status = time.monotonic(), scope["path"], GONE
+        began, path, status, came = time.monotonic(), scope["path"], GONE, 0
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         name = given if _ID.fullmatch(given) else uuid.uuid4().hex
@@ -63,6 +66,15 @@ class Border:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", name.encode())]
             await send(message)
 
+        async def counted() -> Message:
+            nonlocal came
+            message = await receive()
+            size = len(message.get("body", b""))
+            if self.held + size > self.bodies:
+                raise Refused(429, "queue_full", f"{self.held} bytes of requests are under way; come again later", retry=self.retry())
+            self.held, came = self.held + size, came + size
+            return message
+
         post = scope["method"] == "POST"
         self.running += post
         try:
@@ -70,7 +82,7 @@ class Border:
                 self._check_key(headers.get(b"authorization", b""))
             if post and self.running > self.room:
                 raise Refused(429, "queue_full", f"{self.room} requests are under way already; come again later", retry=self.retry())
-            await self.app(scope, receive, named)
+            await self.app(scope, counted, named)
         except Exception as error:
             if not isinstance(error, Refused):  # of what failed, the kind and the place; its message might repeat a text
                 log.error("%s failed: %s\n%s", name, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
@@ -78,7 +90,7 @@ class Border:
             if status == GONE:  # nothing was sent yet
                 await refusal(error, path, self.fail_open)(scope, receive, named)
         finally:
-            self.running -= post
+            self.running, self.held = self.running - post, self.held - came
             seconds, route = time.monotonic() - began, path if path in ROUTES else "other"
             self.metrics.requests.labels(route, status).inc()
             self.metrics.seconds.labels(route).observe(seconds)

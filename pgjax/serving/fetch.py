@@ -18,7 +18,7 @@ async def fetch_image(url: str, hosts: Collection[str], limit: int, transport: h
     """The file behind an https URL of one of `hosts`, of at most `limit` bytes.
 
     The host's name is looked up once, every address it has must be public, and the connection goes to the address that was checked (the
-    certificate is still that of the name). No redirects, no proxies, no other port.
+    certificate is still that of the name). No redirects, no proxies, no other port, no compression. `hosts` are in lower case.
     """
     try:
         parts = urlsplit(url)
@@ -28,18 +28,19 @@ async def fetch_image(url: str, hosts: Collection[str], limit: int, transport: h
     if parts.scheme != "https" or host not in hosts or port not in (None, 443) or parts.username is not None:
         allowed = f"https URLs of {', '.join(sorted(hosts))}" if hosts else "data URLs alone"
         raise Refused(400, "image_url_not_allowed", f"this server takes {allowed}; send the image as data:image/png;base64,...")
+    headers = {"Host": host, "Accept-Encoding": "identity"}  # and what comes is not unpacked: a small file could become a large one
     try:
         async with asyncio.timeout(SECONDS):
             address = await _public_address(host)
             bare = parts._replace(netloc=f"[{address}]" if ":" in address else address, fragment="").geturl()
             async with (
                 httpx2.AsyncClient(trust_env=False, follow_redirects=False, timeout=SECONDS, transport=transport) as client,
-                client.stream("GET", bare, headers={"Host": host}, extensions={"sni_hostname": host}) as response,
+                client.stream("GET", bare, headers=headers, extensions={"sni_hostname": host}) as response,
             ):
                 if response.status_code != 200:
                     raise Refused(400, "image_not_fetched", f"the image's host answered {response.status_code}; no redirect is followed")
                 data = bytearray()
-                async for chunk in response.aiter_bytes():
+                async for chunk in response.aiter_raw():
                     data += chunk
                     if len(data) > limit:
                         raise Refused(400, "image_not_fetched", f"the image's file has more than {limit} bytes; give a smaller one")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pgjax.data.images import FORMATS
 from pgjax.data.rows import conversation
@@ -35,6 +35,7 @@ class Limits:
     """What a request may take."""
 
     body: int = 20 << 20  # bytes
+    bodies: int = 256 << 20  # bytes, of all requests under way
     images: int = 4  # of a conversation
     pixels: int = 16 << 20  # of an image, as it is sent
     text: int = 100_000  # characters, of all its texts
@@ -45,6 +46,14 @@ class Limits:
     def __post_init__(self) -> None:
         if wrong := [name for name, value in vars(self).items() if not value > 0]:
             raise ValueError(f"the limit of {wrong[0]} must be more than 0")
+        if self.bodies < self.body:
+            raise ValueError(f"--max-bodies must hold one body at least, of --max-body: {self.bodies} bytes are less than {self.body}")
+
+    @property
+    def marks(self) -> int:
+        """Commas and brackets in a body: as many as its texts may have characters. More of them make many small parts, and each takes some
+        60 bytes when it is parsed."""
+        return self.inputs * self.text + self.policy
 
 
 # --- bodies ------------------------------------------------------------------------------------------------------------------------
@@ -74,7 +83,7 @@ Ids = Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=256
 
 
 class Message(Body):
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(lambda role: "system" if role == "developer" else role)]
     content: str | Parts
 
     @property
@@ -134,20 +143,24 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-# Keys of /v1/chat/completions that change what is written, and the values that do not. Any other value is refused, never passed over.
+# What clients send to /v1/chat/completions beside the keys of `Chat`, from OpenAI's and vLLM's references: keys that name, file or speed up
+# a request, and the values of others that say what is done anyway. All else is refused: it might change what is written.
+IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("prediction", "parallel_tool_calls", "request_id", "priority", "cache_salt"),
+)
 NEUTRAL: dict[str, tuple] = {
-    **dict.fromkeys(("logprobs", "echo", "ignore_eos", "continue_final_message"), (False,)),
+    **dict.fromkeys(("logprobs", "echo", "ignore_eos", "continue_final_message", "add_special_tokens", "use_beam_search"), (False,)),
+    **dict.fromkeys(("include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids"), (False,)),
     **dict.fromkeys(("top_logprobs", "frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
     **dict.fromkeys(("top_p", "repetition_penalty", "length_penalty", "best_of"), (1,)),
-    **dict.fromkeys(("tools", "functions", "stop", "stop_token_ids", "bad_words"), ([], "")),
-    **dict.fromkeys(("logit_bias", "chat_template_kwargs"), ({},)),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "chat_template"), ()),
-    **dict.fromkeys(("moderation", "audio", "use_beam_search"), (False,)),
+    **dict.fromkeys(("tools", "functions", "stop", "stop_token_ids", "bad_words", "documents"), ([], "")),
+    **dict.fromkeys(("logit_bias", "chat_template_kwargs", "mm_processor_kwargs"), ({},)),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt", "include_reasoning"), (True,)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     "top_k": (-1, 0),
-    "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "skip_special_tokens": (True,),
 }
 
 
@@ -165,7 +178,8 @@ class Chat(Body):
 
     def check(self) -> None:
         for key, value in (self.model_extra or {}).items():
-            if key in NEUTRAL and value is not None and value not in NEUTRAL[key]:
+            if value is not None and key not in IGNORED and value not in NEUTRAL.get(key, ()):
+                key = printable(key, 40)
                 raise Refused(400, "unsupported_parameter", f"{key} is not supported by this server; leave it out", key)
         if self.stream and (self.n or 1) > 1:
             raise Refused(400, "unsupported_parameter", "a stream has one answer; leave out n", "n")
@@ -174,8 +188,10 @@ class Chat(Body):
 B = TypeVar("B", bound=Body)
 
 
-def parse(model: type[B], data: bytes) -> B:
+def parse(model: type[B], data: bytes | bytearray, limits: Limits) -> B:
     """The body as its model."""
+    if sum(map(data.count, b",[{")) > limits.marks:
+        raise Refused(400, "invalid_json", f"the body has more than {limits.marks} commas and brackets; send fewer parts")
     try:
         return model.model_validate_json(data)
     except ValidationError as error:

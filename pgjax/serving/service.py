@@ -5,13 +5,12 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import anyio.to_thread
 import jinja2
 from starlette.requests import ClientDisconnect, Request
 
@@ -49,27 +48,61 @@ class Judged(NamedTuple):
     verdict: dict
 
 
+class Threads:
+    """So many jobs at a time. Who waits for a place waits in the event loop, and a cancelled wait leaves nothing behind; a job that runs
+    when nobody waits for it any more keeps its place until it ends."""
+
+    def __init__(self, number: int):
+        self.pool, self.places = ThreadPoolExecutor(number), asyncio.Semaphore(number)
+
+    async def run(self, job: Callable[..., T], *args: Any) -> T:
+        await self.places.acquire()
+        loop, future = asyncio.get_running_loop(), self.pool.submit(job, *args)
+
+        def leave(_: Future) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self.places.release)
+
+        future.add_done_callback(leave)
+        return await asyncio.wrap_future(future)
+
+
 @dataclass
 class Service:
-    """ValueError where the server's own policy does not fit the model."""
+    """ValueError where the server's own policy or number of samples does not fit the model. A call of /v1/moderations takes no more texts
+    than the engine's queue holds, whatever the limits say."""
 
     guard: Guard
     serving: Serving
     ready: bool = field(default=False, init=False)  # a request has gone through the engine, and none has asked the server to stop
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.guard.engine)
-        self.texts, self.pictures = anyio.CapacityLimiter(THREADS), anyio.CapacityLimiter(THREADS)
-        self.ended: deque[float] = deque(maxlen=64)  # when answers came, time.monotonic()
+        engine, how, limits = self.guard.engine, self.serving.how, self.serving.limits
+        if how.samples > (most := engine.rows // engine.shards):
+            raise ValueError(f"{how.samples} samples do not fit in {most} rows; give fewer --samples, or more --rows")
+        self.serving = replace(self.serving, limits=replace(limits, inputs=min(limits.inputs, engine.queue)))
+        self.metrics = Metrics(engine)
+        self.texts, self.pictures = Threads(THREADS), Threads(THREADS)
+        self.ended: deque[float] = deque(maxlen=64)  # time.monotonic(): when work came to an idle engine, and when answers came since
+        self.tried: Future | None = None  # the server's own request
         self.first = self.guard.ask(conversation("Hello.", None, None), self.policy(None, ()), self.serving.how)[0]
 
     async def warm_up(self) -> None:
         """Compiles the engine's programs, before anyone waits for them."""
         try:
-            await asyncio.wrap_future(self.guard.engine.submit(self.first))
+            self.tried = self.guard.engine.submit(self.first)
+            await asyncio.wrap_future(self.tried)
             self.ready = True
         except Exception as error:
             log.error("not ready: the first request failed: %s", error)
+
+    def healthy(self) -> bool:
+        """Whether requests may come: not while the engine's last round failed. A request of the server's own tries it again then."""
+        failing = self.guard.engine.failing
+        if self.ready and failing and self.tried and self.tried.done():
+            with suppress(Full, Stopped):
+                self.tried = self.guard.engine.submit(self.first)
+        return self.ready and not failing
 
     def policy(self, own: str | None, categories: Sequence[str]) -> Policy:
         """The request's policy, or the server's. ValueError for what cannot be one."""
@@ -79,29 +112,30 @@ class Service:
 
     # --- in --------------------------------------------------------------------------------------------------------------------------
 
-    async def body(self, request: Request, model: type[B]) -> B:
-        """The request's body, read within the limits of size and time."""
-        most, data = self.serving.limits.body, bytearray()
+    async def body(self, request: Request, model: type[B]) -> tuple[B, float]:
+        """The request's body, read within the limits of size and time, and time.monotonic() by which the answer must be there."""
+        deadline, most, data = time.monotonic() + self.seconds(request), self.serving.limits.body, bytearray()
         too_large = Refused(413, "body_too_large", f"the body has more than {most} bytes; send smaller images or fewer texts")
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 18 or int(length) > most:
             raise too_large
         try:
-            async with asyncio.timeout(self.serving.limits.timeout):
+            async with asyncio.timeout(deadline - time.monotonic()):
                 async for chunk in request.stream():
                     data += chunk
                     if len(data) > most:
                         raise too_large
         except TimeoutError:
             raise Refused(408, "body_timeout", "the body did not arrive in time; send it faster, or less") from None
-        return await self.thread(partial(parse, model, bytes(data)))
+        async with self.until(deadline):
+            return await self.thread(partial(parse, model, data, self.serving.limits)), deadline
 
     def check_model(self, name: str | None, also: Sequence[str] = ()) -> None:
         if name not in (None, self.serving.name, *also):
             raise Refused(404, "model_not_found", f"this server has the model {self.serving.name} and no other; see /v1/models", "model")
 
-    def deadline(self, request: Request, timeout: float | None = None) -> float:
-        """time.monotonic() by which the answer must be there: a request may ask for less time than the server gives."""
+    def seconds(self, request: Request) -> float:
+        """That the answer may take: a request may ask for less time than the server gives."""
         given = request.headers.get("x-request-timeout")
         try:
             asked = math.inf if given is None else float(given)
@@ -109,11 +143,11 @@ class Service:
             asked = math.nan
         if not asked > 0:
             raise Refused(400, "invalid_timeout", "X-Request-Timeout must be a positive number of seconds")
-        return time.monotonic() + min(self.serving.limits.timeout, asked, math.inf if timeout is None else timeout)
+        return min(self.serving.limits.timeout, asked)
 
     async def thread(self, run: Callable[[], T], images: Sequence[bytes] = ()) -> T:
         """Runs what takes time aside from the event loop. Its ValueErrors are the client's; a picture that cannot be read says why."""
-        return await anyio.to_thread.run_sync(_explained, run, images, limiter=self.pictures if images else self.texts)
+        return await (self.pictures if images else self.texts).run(_explained, run, images)
 
     async def images(self, urls: Sequence[str]) -> list[bytes]:
         found, limits = [], self.serving.limits
@@ -127,10 +161,9 @@ class Service:
 
     # --- through the engine ------------------------------------------------------------------------------------------------------------
 
-    async def verdicts(self, request: Request, said: Sequence[Said], options: Options, how: How, timeout: float | None) -> list[Judged]:
+    async def verdicts(self, request: Request, said: Sequence[Said], options: Options, how: How, deadline: float) -> list[Judged]:
         """A verdict for each conversation; they wait side by side."""
-        deadline, own = self.deadline(request, timeout), options.own(self.serving.limits)
-        how = replace(how, deadline=deadline)
+        own, how = options.own(self.serving.limits), replace(how, deadline=deadline)
         async with self.until(deadline):
             policy = await self.thread(partial(self.policy, own, options.categories))
             asked = []
@@ -143,7 +176,7 @@ class Service:
             judged = []
             for (example, ask, nodes), future in zip(asked, futures, strict=True):
                 case = Case(example, policy, how, nodes, future)
-                judged.append(Judged(ask, case, await anyio.to_thread.run_sync(self.guard.verdict, case)))
+                judged.append(Judged(ask, case, await self.texts.run(self.guard.verdict, case)))
         for _, _, verdict in judged:
             self.metrics.judged(request.url.path, verdict)
         return judged
@@ -151,6 +184,9 @@ class Service:
     def submit(self, asks: Sequence[Ask]) -> list["Future[list[Told]]"]:
         """All of them, or none."""
         futures: list[Future[list[Told]]] = []
+        if not (self.guard.engine.counts.busy or self.guard.engine.counts.waiting):
+            self.ended.clear()
+            self.ended.append(time.monotonic())
         try:
             for ask in asks:
                 futures.append(self.guard.engine.submit(ask))
@@ -201,9 +237,9 @@ class Service:
         return Refused(500, "internal_error", "the server failed")
 
     def retry(self) -> int:
-        """Seconds that the queue will take at the pace of the last answers."""
-        spent = time.monotonic() - self.ended[0] if self.ended else 0.0
-        return min(max(math.ceil(self.guard.engine.counts.waiting * spent / max(len(self.ended), 1)), 1), LONGEST_RETRY)
+        """Seconds that the queue will take at the pace of the last answers, without the quiet before them."""
+        pace = (self.ended[-1] - self.ended[0]) / (len(self.ended) - 1) if len(self.ended) > 1 else 0.0
+        return min(max(math.ceil(self.guard.engine.counts.waiting * pace), 1), LONGEST_RETRY)
 
 
 def _explained(run: Callable[[], T], images: Sequence[bytes]) -> T:
