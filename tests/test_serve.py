@@ -45,6 +45,7 @@ def data_url(data: bytes | None = None) -> str:
 def served(guard, serving: Serving):
     service = Service(guard, serving)
     sock = listen("127.0.0.1", 0)
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)  # or every answer takes 40 ms more
     server = Server(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
