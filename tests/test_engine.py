@@ -16,7 +16,8 @@ from pgjax.generate.decode import decode, encode, prefill
 from pgjax.generate.labels import answer_scorer
 from pgjax.generate.law import Law
 from pgjax.generate.score import answer_rows
-from pgjax.serving.engine import SLOTS, Ask, Engine, Fork, Full, Stopped, portions
+from pgjax.serving.engine import Ask, Engine, Full, Stopped
+from pgjax.serving.forks import SLOTS, Fork, portions
 from pgjax.tokenizer import never_sampled
 from pgjax.train.compilations import Compilations
 

@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pgjax.data.schema import PromptBatch
-from pgjax.generate.continuous import Tails, advance, closings, join, shardings, vacant
+from pgjax.generate.continuous import advance, closings, join, shardings, vacant
 from pgjax.generate.law import Law
 from pgjax.parallel.mesh import place_rows
+from pgjax.serving.forks import Fork, Pack, portions
 from pgjax.train.setup import Setup
-
-SLOTS = 128  # tokens of tails that are scored at a time
 
 
 class Full(Exception):
@@ -29,16 +28,6 @@ class Full(Exception):
 
 class Stopped(Exception):
     """The engine takes no more requests."""
-
-
-class Fork(NamedTuple):
-    """Tails to score, of which one stands in the answer or could: behind `stem`, which takes the answer's place from token `branch` on. All
-    tokens of a stem and of a tail together are at most SLOTS - 1. `name` and the tails' names are the asker's own."""
-
-    name: str
-    branch: int
-    stem: list[int]
-    tails: dict[str, list[int]]
 
 
 @dataclass(frozen=True)
@@ -262,7 +251,7 @@ class Engine:
                 jobs[n // per_shard].extend((n, part) for part in parts or ())
         while any(jobs):
             now = {w: queue.popleft() for w, queue in enumerate(jobs) if queue}
-            packs = [_Pack() for _ in range(self.shards)]
+            packs = [Pack() for _ in range(self.shards)]
             for w, (n, forks) in now.items():
                 prompt = requests[n].ask.prompt
                 packs[w].put(forks, told[n].tokens, int(prompt.tokens_PT[0, prompt.length_P[0] - 1]))
@@ -289,55 +278,3 @@ def _resolve(future: Future, result: Any) -> None:
         future.set_exception(result) if isinstance(result, BaseException) else future.set_result(result)
     except InvalidStateError:
         pass
-
-
-def portions(forks: Sequence[Fork]) -> Iterator[list[Fork]]:
-    """The same tails in lists of forks of at most SLOTS slots; a fork with many tails is cut into several with the same stem."""
-    part: list[Fork] = []
-    used = 0
-    for fork in forks:
-        head = 1 + len(fork.stem)
-        open_fork: dict[str, list[int]] | None = None
-        for name, tokens in fork.tails.items():
-            if head + len(tokens) > SLOTS:
-                raise ValueError(f"{fork.name} {name}: a stem of {head - 1} and a tail of {len(tokens)} tokens are more than {SLOTS - 1}")
-            if used + len(tokens) + (0 if open_fork is not None else head) > SLOTS:
-                yield part
-                part, used, open_fork = [], 0, None
-            if open_fork is None:
-                open_fork = {}
-                part.append(fork._replace(tails=open_fork))
-                used += head
-            open_fork[name] = tokens
-            used += len(tokens)
-    if part:
-        yield part
-
-
-class _Pack:
-    """Forks in slots."""
-
-    def __init__(self) -> None:
-        zeros = lambda value=0: np.full(SLOTS, value, np.int32)  # noqa: E731
-        self.tails = Tails(zeros(), zeros(), zeros(-1), zeros(-1), zeros(), zeros())
-        self.slots: dict[tuple[str, str], list[int]] = {}  # of each tail
-        self._next = self._tail = 0
-
-    def put(self, forks: Sequence[Fork], tokens: Sequence[int], last: int) -> None:
-        """Behind an answer of these `tokens`; `last` is the prompt's last one."""
-        for number, fork in enumerate(forks):
-            first = fork.branch - 1
-            before = [tokens[first] if fork.branch else last, *fork.stem]
-            stem = self._add(before, first, number, -1, first, self._next)
-            for name, ids in fork.tails.items():
-                self.slots[fork.name, name] = self._add(ids, fork.branch + len(fork.stem), number, self._tail, first, stem[-1])
-                self._tail += 1
-
-    def _add(self, ids: Sequence[int], place: int, fork: int, tail: int, first: int, source: int) -> list[int]:
-        slots = list(range(self._next, self._next + len(ids)))
-        for k, (slot, token) in enumerate(zip(slots, ids, strict=True)):
-            values = token, place + k, fork, tail, first, source if k == 0 else slot - 1
-            for array, value in zip(jax.tree.leaves(self.tails), values, strict=True):
-                array[slot] = value
-        self._next += len(ids)
-        return slots

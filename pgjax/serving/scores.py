@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import expit
 
 from pgjax.generate.labels import line_starts
-from pgjax.serving.engine import Fork
+from pgjax.serving.forks import Fork
 
 Decode = Callable[[Sequence[int]], str]
 Encode = Callable[[list[str]], list[list[int]]]
