@@ -148,10 +148,21 @@ def samples(guard: Guard, name: str, answered: list[Answered]) -> list[dict]:
     return rows
 
 
+def in_turn(rows: list[dict]) -> list[dict]:
+    """The first row of every set, then the second of every one, and so on: a report shows the first ones."""
+    seen = Counter[str]()
+    turns = []
+    for row in rows:
+        name = row["id"].partition("/")[0]
+        turns.append(seen[name])
+        seen[name] += 1
+    return [row for _, row in sorted(zip(turns, rows, strict=True), key=lambda pair: pair[0])]
+
+
 def write(out: Path, guard: Guard, found: dict, rows: list[dict], examples: dict[str, Example], reveal: bool) -> None:
     """answers.jsonl has no texts but the names that the guard gave: content stays in the report, folded. The report has the first pass."""
     out.mkdir(parents=True, exist_ok=True)
-    name, first = Path(found["guard"]["model"]).name, [row for row in rows if row["pass"] == 1]
+    name, first = Path(found["guard"]["model"]).name, in_turn([row for row in rows if row["pass"] == 1])
     for part in wrong_and_right(first).values():
         for row in part[:ROWS]:
             row["images"] = [thumbnail(image) for image in examples[row["example"]].images]

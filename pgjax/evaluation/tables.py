@@ -236,7 +236,7 @@ def as_html(summary: dict, guard: str, about: Mapping[str, object], samples: str
 
 
 def _html(cell: str) -> str:
-    return re.sub(r" (\([\d.]+–[\d.]+\))$", r" <small>\1</small>", text(cell, 200))
+    return re.sub(r" (\([-\d.]+–[-\d.]+\))$", r" <small>\1</small>", text(cell, 200))
 
 
 def charts(summary: dict) -> list[str]:

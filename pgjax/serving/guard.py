@@ -176,14 +176,16 @@ class Guard:
             share = data.patches // max(len(example.images), 1)
             images = tuple(shrunk(image, self.recipe.model.vision, share) for image in example.images)
         except ValueError as error:
-            raise Unfit("image", f"{where}: image: {error}") from error
+            raise Unfit("image not readable", f"{where}: image: {error}") from error
         try:
             prompt = policy.renderer.prompt(dataclasses.replace(example, images=images), view, opening, self.engine.prompt_tokens)
         except TooLong as error:
             if error.slots > data.patches:
-                raise Unfit("patches", f"{where}: the images take more than the {data.patches} patches of the model; give fewer") from None
+                raise Unfit(
+                    "images too large", f"{where}: the images take more than the {data.patches} patches of the model; give fewer"
+                ) from None
             what = f"with this policy the prompt has more than the {data.prompt_tokens} tokens of the model"
-            raise Unfit("prompt", f"{where}: {what}; list fewer categories or shorten the conversation") from None
+            raise Unfit("prompt too long", f"{where}: {what}; list fewer categories or shorten the conversation") from None
         node_of_id_K = node_of_id(view, self.automaton.ids)
         start = int(self.automaton.start_M[MODALITIES.index(example.modality)])
         start = answers.walk(self.automaton, start, self.encode([opening])[0])
@@ -203,7 +205,9 @@ class Guard:
         )
         needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min())
         if ask.bound and needed > ask.limit:
-            raise Unfit("answer", f"{example.id}: an answer takes at least {needed} tokens; this guard writes at most {ask.limit}")
+            raise Unfit(
+                "answer too short", f"{example.id}: an answer takes at least {needed} tokens; this guard writes at most {ask.limit}"
+            )
         return ask, node_of_id_K
 
     def submit(self, example: Example, policy: Policy, how: How = How(), view: PolicyView | None = None, wait: bool = False) -> Case:
