@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from collections import Counter
 from concurrent.futures import Future
@@ -10,7 +11,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 from tiny_recipe import folder, materials
-from tiny_run import load_guard, make_run
+from tiny_run import load_guard, make_run, one_device
 
 from pgjax import automaton as answers
 from pgjax.cli import main
@@ -237,3 +238,18 @@ def test_intervals_are_drawn_by_groups():
     alone = interval_of_means(value_P1, [str(k) for k in range(40)])[:, 0]
     together = interval_of_means(value_P1, ["a"] * 20 + ["b"] * 20)[:, 0]
     assert together.tolist() == [0.0, 1.0] and 0.3 < alone[0] < 0.5 < alone[1] < 0.7
+
+
+@pytest.mark.skipif("PGJAX_DATA" not in os.environ, reason="public data: none found")
+def test_public_sets_through_the_real_command(run, tmp_path, capsys, monkeypatch):
+    """Longer prompts than the model was trained with, large pictures, label maps and natural OOD rows; no text of theirs on the way."""
+    monkeypatch.setattr("pgjax.train.saved.make_mesh", one_device)
+    out = tmp_path / "out"
+    names = ["openai_moderation", "figstep", "mossbench"]
+    flags = ["--benchmark", *names, "--out", str(out), "--limit", "8", "--prompt-tokens", "1024", "--rows", "4", "--mode", "fast", "--json"]
+    assert main(["evaluate", "--model", str(run), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["benchmarks"]) == names and found["not_evaluated"] == {}
+    assert all(one["n"] == one["n_parsed"] > 0 for one in found["benchmarks"].values()) and found["benchmarks"]["figstep"]["all_unsafe"]
+    rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert {row["source"] for row in rows} == set(names) and not {"request", "response", "answer", "images"} & set().union(*rows)
