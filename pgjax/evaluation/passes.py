@@ -110,7 +110,7 @@ def second(guard: Guard, policy: Policy, example: Example, seed: int, hide: bool
     mine = [id for id in entries if id in right or taxonomy.by_id(id).parent in right]
     others = [id for id in entries if id not in mine]
     count = int(rng.integers(MORE + 1)) + (0 if hide else max(len(mine), 1))
-    gone = [str(id) for id in rng.choice(others, min(count, len(others) - 1), replace=False)] + (mine if hide else [])
+    gone = [str(id) for id in rng.choice(others, min(count, max(len(others) - 1, 0)), replace=False)] + (mine if hide else [])
     return full_view(taxonomy, level, (*policy.hidden, *gone))
 
 
