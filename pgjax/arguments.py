@@ -49,8 +49,12 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--policy", help="categories of your own: YAML or JSON, a list of categories or of names")
         sub.add_argument("--categories", nargs="*", default=[], help="ids that the prompt's policy lists; default all")
 
-    def deciding(sub: argparse.ArgumentParser) -> None:
+    def thresholding(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--threshold", type=float, help="of the unsafe score; default the calibrated one, without one the labels decide")
+
+    def deciding(sub: argparse.ArgumentParser) -> None:
+        """What is flagged."""
+        thresholding(sub)
         sub.add_argument("--fail-open", action="store_true", help="an answer that does not parse passes; default: it is flagged")
 
     sub = guarding("moderate", "verdicts on conversations: one from the flags, or those of a file")
@@ -67,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder for evaluation.json, tables.md, report.html and answers.jsonl")
     sub.add_argument("--limit", type=int, help="at most so many rows of a set, whole groups by a hash of their name; default all")
     sub.add_argument("--held-out", action="store_true", help="of sets that training may have used, the held-out rows alone")
-    deciding(sub)
+    thresholding(sub)
+    sub.set_defaults(fail_open=False)  # an answer that does not parse is wrong, whatever a guard would make of it
     sub.add_argument("--obedience", action="store_true", help="also ask whether answers follow a changed policy")
     sub.add_argument("--reveal", action="store_true", help="texts unfolded and pictures sharp in the report; default folded and blurred")
     sub.add_argument("--seed", type=int, default=0, help="of what is hidden and of the intervals")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import Example
 from pgjax.evaluation.metrics import interval_of_means
 from pgjax.evaluation.passes import Pass, Shown, draw, judged, second
@@ -56,8 +57,7 @@ def _changed(guard: Guard, policy: Policy, shown: Sequence[Shown], condition: st
         other = guard.policy(own=FOREIGN.read_text(encoding="utf-8"))
         return other, [(example, _part(other.view(example.modality), guard, example, seed)) for example, _ in shown]
     taxonomy = _renamed(policy.taxonomy) if condition == "renamed" else policy.taxonomy
-    renderer = type(policy.renderer)(taxonomy, guard.tokenizer, policy.renderer.recipe, policy.renderer.ids)
-    changed = dataclasses.replace(policy, taxonomy=taxonomy, renderer=renderer)
+    changed = Policy(taxonomy, policy.hidden, Renderer(taxonomy, guard.tokenizer, policy.renderer.recipe, policy.renderer.ids))
     return changed, [(example, _permuted(guard, taxonomy, example, view, seed)) for example, view in shown]
 
 

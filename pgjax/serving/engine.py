@@ -58,7 +58,6 @@ class Told(NamedTuple):
 class _Request:
     ask: Ask
     future: Future
-    arrived: float
     told: list[Told | None] = field(default_factory=list)
     heard: int = 0
 
@@ -120,7 +119,7 @@ class Engine:
             raise ValueError(f"{ask.samples} samples: this server takes 1 to {self.rows // self.shards} (--rows)")
         if not (1 <= ask.limit <= self.law.limit and 0 <= ask.seed < 2**32):
             raise ValueError(f"limit {ask.limit} must be 1 to {self.law.limit}, seed {ask.seed} 0 to 2**32 - 1")
-        request = _Request(ask, Future(), time.monotonic())
+        request = _Request(ask, Future())
         request.told = [None] * ask.samples
         with self._changed:
             while wait and self._open and len(self._waiting) >= self.queue:
