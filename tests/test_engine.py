@@ -80,6 +80,18 @@ def test_greedy_answers_are_those_of_the_rollout(engine, expected):
             assert told.tokens == whole
 
 
+def test_an_engine_may_run_for_years(expected):
+    """The number of steps so far, by which rings go round, does not outgrow its type; R is no power of two here, which would hide it."""
+    made, limit = setup(), 27
+    weights = jax.device_put(host_params(), made.rollout)
+    with Engine(made, weights, law(True).replace(limit=limit), DATA.prompt_tokens, DATA.patches, rows=4, queue=16, steps=5) as engine:
+        fresh = engine._vacant
+        late = lambda batch: batch.replace(running=batch.running.replace(time=jnp.int32(2**31 - 7)))  # noqa: E731
+        engine._vacant = lambda law: late(fresh(law))
+        [told] = engine.submit(ask(5, bound=False, limit=limit)).result()
+    assert told.tokens == expected[False][5][:limit] and len(told.tokens) > 7
+
+
 def test_samples_share_a_prefill_and_depend_on_seed_and_number_alone(engine):
     with pytest.raises(ValueError, match="takes 1 to 4"):
         engine.submit(ask(0, samples=5))

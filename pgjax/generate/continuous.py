@@ -129,7 +129,7 @@ def advance(model: QwenVL, params, law: Law, batch: Batch, drop_N: jax.Array, st
         whole_NS = asked.bound[:, None] & automaton.parsed_A[answers.step(automaton, state_NS, token_NS)]
         return token_NS, logp_NS, automaton.stop_V[token_NS] | whole_NS | (used_NS + 1 >= R)
 
-    begun = batch.running.replace(schedule=schedule)
+    begun = batch.running.replace(schedule=schedule, time=batch.running.time % R)  # a server's steps outgrow an int32
     going = lambda r: (r.time - begun.time < steps) & (r.schedule.busy_NS == schedule.busy_NS).all() & schedule.busy_NS.any()  # noqa: E731
     one = lambda r: one_token(model, params, automaton, r, batch.held, batch.cache, pick)  # noqa: E731
     return batch.replace(running=jax.lax.while_loop(going, one, begun))
