@@ -54,16 +54,29 @@ class Border:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, path, status, came = time.monotonic(), scope["path"], GONE, 0
+        began, path, status, came, done = time.monotonic(), scope["path"], GONE, 0, False
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+
+        def account() -> None:
+            """Once, before the end of the answer is sent: whoever has it finds the place free and the request counted."""
+            nonlocal done
+            if not done:
+                done = True
+                self.running, self.held = self.running - post, self.held - came
+                seconds, route = time.monotonic() - began, path if path in ROUTES else "other"
+                self.metrics.requests.labels(route, status).inc()
+                self.metrics.seconds.labels(route).observe(seconds)
+                log.info("%s %s %d %.0f ms %s", scope["method"], printable(path, 100), status, 1000 * seconds, name)
 
         async def named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", name.encode())]
+            elif not message.get("more_body"):
+                account()
             await send(message)
 
         async def counted() -> Message:
@@ -72,7 +85,8 @@ class Border:
             size = len(message.get("body", b""))
             if self.held + size > self.bodies:
                 raise Refused(429, "queue_full", f"{self.held} bytes of requests are under way; come again later", retry=self.retry())
-            self.held, came = self.held + size, came + size
+            if not done:
+                self.held, came = self.held + size, came + size
             return message
 
         post = scope["method"] == "POST"
@@ -90,11 +104,7 @@ class Border:
             if status == GONE:  # nothing was sent yet
                 await refusal(error, path, self.fail_open)(scope, receive, named)
         finally:
-            self.running, self.held = self.running - post, self.held - came
-            seconds, route = time.monotonic() - began, path if path in ROUTES else "other"
-            self.metrics.requests.labels(route, status).inc()
-            self.metrics.seconds.labels(route).observe(seconds)
-            log.info("%s %s %d %.0f ms %s", scope["method"], printable(path, 100), status, 1000 * seconds, name)
+            account()
 
     def _check_key(self, given: bytes) -> None:
         if self.key is not None and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
