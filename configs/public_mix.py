@@ -29,6 +29,6 @@ recipe = replace(
         eval_examples=4096,
         ood=OODConfig(share=0.25, keep=(2, 3)),
     ),
-    sft=replace(toy.sft, steps=240, label_share=0.5, optimizer=replace(toy.sft.optimizer, decay_updates=0)),
+    warm_up=replace(toy.warm_up, steps=240, label_share=0.5, optimizer=replace(toy.warm_up.optimizer, decay_updates=0)),
     grpo=replace(toy.grpo, steps=200, prompts=16, mini_prompts=16, micro_prompts=16, validate_every=100),
 )

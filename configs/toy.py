@@ -17,9 +17,9 @@ from pgjax.config import (
     Recipe,
     RewardConfig,
     RolloutConfig,
-    SFTConfig,
     TextConfig,
     VisionConfig,
+    WarmUpConfig,
 )
 
 recipe = Recipe(
@@ -47,7 +47,7 @@ recipe = Recipe(
     answer=AnswerConfig(max_tokens=36),
     rollout=RolloutConfig(group=8),
     reward=RewardConfig(name_tokens=12),
-    sft=SFTConfig(  # ends while labels are being learnt: the rest is left to GRPO
+    warm_up=WarmUpConfig(  # ends while labels are being learnt: the rest is left to GRPO
         steps=75,
         prompts=16,
         optimizer=OptimizerConfig(learning_rate=4e-3, b2=0.98, schedule="cosine", decay_updates=120, warmup_steps=10),

@@ -97,7 +97,7 @@ class OODConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str = "toy"  # or public_mix, or jsonl: your own train.jsonl and eval.jsonl
+    name: Literal["toy", "public_mix", "jsonl", "rewriter"] = "toy"  # jsonl: your own rows; rewriter: those of `pgjax synthesize`
     root: str | None = None  # where they lie; of public sets the default is $PGJAX_DATA
     taxonomy: str | None = None  # YAML; default the packaged one
     prompts: str | None = None  # folder of templates; default the packaged ones
@@ -205,8 +205,8 @@ class GRPOConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
-    """A supervised stage. Toy only: it gives a model without language the answer format, ids and names drawn
+class WarmUpConfig:
+    """A supervised stage before GRPO. Toy only: it gives a model without language the answer format, ids and names drawn
     at random, and the right labels on `label_share` of the prompts. Real recipes set steps = 0 and start pretrained."""
 
     steps: int = 0
@@ -214,6 +214,21 @@ class SFTConfig:
     answers: int = 1  # supervised answers per prompt, packed like a group
     label_share: float = 0.3
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """The supervised trainer (`pgjax sft`): what the rewriter is trained by. Its paper gives no value of these: all are our choice."""
+
+    steps: int = 1000
+    prompts: int = 32  # P, per step, over all processes
+    micro_prompts: int = 32  # prompts per forward and backward, on each device in one packed row; divides prompts
+    buckets: int = 3  # lengths of prompts: data.prompt_tokens, its half, its quarter, ...: a batch has prompts of one bucket
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_steps=30)
+    validate_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3  # the newest
+    keep_best: bool = True  # and the best: lowest held-out loss
 
 
 @dataclass(frozen=True)
@@ -234,6 +249,7 @@ class Recipe:
     answer: AnswerConfig = AnswerConfig()
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
+    warm_up: WarmUpConfig = WarmUpConfig()
     sft: SFTConfig = SFTConfig()
     grpo: GRPOConfig = GRPOConfig()
     report: ReportConfig = ReportConfig()

@@ -89,6 +89,19 @@ def messages(example: Example, policy_text: str, prompts: Prompts, think_tag: st
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
+def chat_text(messages: list[dict], tokenizer) -> str:
+    """A chat (`messages` as for chat templates) as the model reads it, up to its next turn. Special tokens that stand in texts are broken:
+    they cannot end a turn."""
+
+    def clean(content: str | list[dict]) -> str | list[dict]:
+        if isinstance(content, str):
+            return neutralise_special(content, tokenizer)
+        return [part | {"text": neutralise_special(part["text"], tokenizer)} if part["type"] == "text" else part for part in content]
+
+    chat = [message | {"content": clean(message["content"])} for message in messages]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
 def answer_text(request: Label, response: Label, category: str | None, think: str, modality: Modality, think_tag: str) -> str:
     """An answer in the format that the prompts ask for (PAPERS A7). An absent response reads safe (our choice, as in the reward).
 
@@ -117,7 +130,7 @@ _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uf
 
 # Tags of the answer format, image and video placeholders, and the special tokens of common tokenizers that have no bars.
 _TAGS = (
-    r"think(?:ing)?|answer|image(?:_soft_token)?|video|audio|s|pad|unk|bos|eos|sep|cls|mask"
+    r"think(?:ing)?|answer|rewrite|image(?:_soft_token)?|video|audio|s|pad|unk|bos|eos|sep|cls|mask"
     r"|(?:start|end)_of_(?:turn|image)|tool_(?:call|response)"
 )
 _MARKUP = re.compile(

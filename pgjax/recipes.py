@@ -158,7 +158,7 @@ def validate(recipe: Recipe) -> Recipe:
 RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("3", lambda x: x == 3, "model.vision.channels"),
     ("in 0 to 1", lambda x: 0 <= x <= 1, "model.vision.mean data.ood.share grpo.loss.clip_low"),
-    ("above 0, at most 1", lambda x: 0 < x <= 1, "rollout.top_p sft.label_share"),
+    ("above 0, at most 1", lambda x: 0 < x <= 1, "rollout.top_p warm_up.label_share"),
     ("from 0 to below 1", lambda x: 0 <= x < 1, "*.optimizer.b[12] rollout.packed_step"),
     ("0 (off) or above 1", lambda x: x == 0 or x > 1, "grpo.loss.dual_clip"),
     ("0 (off) or at least 1", lambda x: x == 0 or x >= 1, "grpo.loss.tis_cap"),
@@ -173,7 +173,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("at least 0", lambda x: x >= 0, "*.optimizer.*"),
     ("at least 2", lambda x: x >= 2, "data.*_examples"),  # generated in twins
     ("at least 3", lambda x: x >= 3, "reward.name_tokens"),
-    ("at least 1", lambda x: x >= 1, "data.* answer.* rollout.* sft.* grpo.*_prompts grpo.prompts grpo.keep_checkpoints"),
+    ("at least 1", lambda x: x >= 1, "data.* answer.* rollout.* warm_up.* sft.buckets *.*_prompts *.prompts *.keep_checkpoints"),
 )
 
 
@@ -226,22 +226,22 @@ def _run_problems(recipe: Recipe) -> list[str]:
     model, data, rollout, grpo, vocab = recipe.model, recipe.data, recipe.rollout, recipe.grpo, recipe.model.text.vocab
     keep = data.ood.keep
     block, prompts, mini, micro = model.vision.window_patches, grpo.prompts, grpo.mini_prompts, grpo.micro_prompts
-    shares = grpo.shares
+    shares, sft = grpo.shares, recipe.sft
     buffer, limit = grpo.loss.overlong_buffer, recipe.answer.max_tokens
     whole = recipe.checkpoint is None or not (model.freeze_vision or model.lora_rank)
     return _failed(
         {
             f"model.text.vocab {vocab} must hold the tokenizer_vocab {recipe.tokenizer_vocab}": vocab >= recipe.tokenizer_vocab,
-            f"data.name {data.name!r} must be 'toy', 'public_mix' or 'jsonl'": data.name in ("toy", "public_mix", "jsonl"),
             f"data.patches {data.patches} must be a multiple of {block} patches (one window, or merge block)": data.patches % block == 0,
             f"data.ood.keep {keep} must be two numbers, smallest first": keep is None or keep[0] <= keep[1],
             f"rollout.top_k {rollout.top_k} must lie in 0 (off) to model.text.vocab": rollout.top_k <= vocab,
             f"rollout.lanes {rollout.lanes} must be at most rollout.group {rollout.group}": rollout.lanes <= rollout.group,
-            f"sft.steps {recipe.sft.steps} with a checkpoint, and freeze_vision or lora_rank: the warm-up trains the whole model; "
-            "set sft.steps 0": whole or not recipe.sft.steps,
+            f"warm_up.steps {recipe.warm_up.steps} with a checkpoint, and freeze_vision or lora_rank: the warm-up trains the whole model; "
+            "set warm_up.steps 0": whole or not recipe.warm_up.steps,
             f"grpo.loss.overlong_buffer {buffer} must be at most answer.max_tokens {limit}": buffer <= limit,
             f"grpo.mini_prompts {mini} must divide prompts {prompts}": prompts % mini == 0,
             f"grpo.micro_prompts {micro} must divide mini_prompts {mini}": mini % micro == 0,
+            f"sft.micro_prompts {sft.micro_prompts} must divide prompts {sft.prompts}": sft.prompts % sft.micro_prompts == 0,
             f"grpo.shares {shares} must divide mini_prompts {mini}": not shares or mini % shares == 0,
         }
     )
@@ -262,7 +262,7 @@ def _mesh_problems(recipe: Recipe) -> list[str]:
         return []  # known only on the machine
     shards = math.prod((recipe.devices // known) if size == -1 else size for size in sizes[:2])
     stages = {"grpo.micro_prompts": recipe.grpo.micro_prompts, "grpo.validate_prompts": recipe.grpo.validate_prompts}
-    stages |= {"sft.prompts": recipe.sft.prompts} if recipe.sft.steps else {}
+    stages |= {"warm_up.prompts": recipe.warm_up.prompts} if recipe.warm_up.steps else {}
     stages |= {"grpo.shares": recipe.grpo.shares} if recipe.grpo.shares else {}
     stages |= {"rollout.rows": recipe.rollout.rows} if recipe.rollout.rows else {}
     return _failed({f"{name} {rows} must be a multiple of mesh data x fsdp {shards}": rows % shards == 0 for name, rows in stages.items()})

@@ -204,7 +204,7 @@ CASES: list[tuple[str, ...]] = [  # the command, and what its one line says
     (f"{TRAIN} --mesh.fsdp -1 --mesh.data 8 --mesh.tensor 1 --grpo.micro-prompts 4", "micro_prompts 4", "data x fsdp 8"),
     ("train toy --grpo.micro-prompts 2", "micro_prompts 2", "multiple of mesh data x fsdp 4"),
     ("train toy --grpo.validate-prompts 6", "validate_prompts 6", "multiple of mesh data x fsdp 4"),
-    ("train toy --sft.prompts 6", "sft.prompts 6", "multiple of mesh data x fsdp 4"),
+    ("train toy --warm_up.prompts 6", "warm_up.prompts 6", "multiple of mesh data x fsdp 4"),
     ("train toy --grpo.mini-prompts 3", "mini_prompts 3 must divide prompts 8"),
     ("train toy --grpo.prompts 0", "grpo.prompts 0 must be at least 1"),
     ("train toy --model.text.kv-heads 3", "heads 4 must be a multiple of kv_heads 3"),
@@ -224,7 +224,7 @@ CASES: list[tuple[str, ...]] = [  # the command, and what its one line says
     (f"{TRAIN} --data.prompts nowhere", "nowhere/text.txt", "cannot be read"),
     (f"{TRAIN} --data.prompts prompts", "prompts/text.txt lacks the placeholder {think}"),
     (f"{TRAIN} --data.ood.never-seen C99", "'C99'", "did you mean"),
-    (f"{TRAIN} --data.name moon", "data.name 'moon'", "must be 'toy'"),
+    (f"{TRAIN} --data.name moon", "data.name", "toy"),
     # pictures
     (f"{MODERATE} --image no.png", "image no.png", "no such file"),
     (f"{MODERATE} --image folder.png", "image folder.png", "no such file"),

@@ -15,9 +15,9 @@ from pgjax.config import (
     OptimizerConfig,
     Recipe,
     RolloutConfig,
-    SFTConfig,
     TextConfig,
     VisionConfig,
+    WarmUpConfig,
 )
 from pgjax.recipes import from_json, load_recipe, model_problems, override, to_json, validate
 
@@ -45,7 +45,7 @@ def test_override_is_typed():
         ("--mesh.tensors 2", "--mesh.tensor"),
         ("--lr 1", "--grpo.optimizer.learning-rate"),
         ("--grpo.lr 1", "--grpo.optimizer.learning-rate"),
-        ("--sft.lr 1", "--sft.optimizer.learning-rate"),
+        ("--warm-up.lr 1", "--warm-up.optimizer.learning-rate"),
         ("--tempreature 1", "--rollout.temperature"),
     ],
 )
@@ -152,9 +152,9 @@ def test_a_mixture_of_families_is_refused(family, model, needs):
 
 @pytest.mark.parametrize("trained", [dict(freeze_vision=True), dict(lora_rank=8)])
 def test_no_warm_up_of_a_part(trained):
-    recipe = replace(BASE, model=replace(BASE.model, **trained), sft=SFTConfig(steps=2))
-    assert validate(recipe) and validate(replace(recipe, checkpoint="somewhere", sft=SFTConfig()))
-    with pytest.raises(ValueError, match="sft.steps 2 with a checkpoint.*the warm-up trains the whole model; set sft.steps 0"):
+    recipe = replace(BASE, model=replace(BASE.model, **trained), warm_up=WarmUpConfig(steps=2))
+    assert validate(recipe) and validate(replace(recipe, checkpoint="somewhere", warm_up=WarmUpConfig()))
+    with pytest.raises(ValueError, match="warm_up.steps 2 with a checkpoint.*the warm-up trains the whole model; set warm_up.steps 0"):
         validate(replace(recipe, checkpoint="somewhere"))
 
 
@@ -186,7 +186,10 @@ def test_no_warm_up_of_a_part(trained):
         (replace(BASE, tokenizer_vocab=100), "tokenizer_vocab 100 must be 0 .* or at least 320"),
         (replace(BASE, grpo=GRPOConfig(loss=LossConfig(dual_clip=0.5))), r"grpo.loss.dual_clip 0.5 must be 0 \(off\) or above 1"),
         (replace(BASE, grpo=GRPOConfig(optimizer=OptimizerConfig(b2=1.0))), "grpo.optimizer.b2 1.0 must be from 0 to below 1"),
-        (replace(BASE, sft=SFTConfig(optimizer=OptimizerConfig(decay_updates=-1))), "sft.optimizer.decay_updates -1 must be at least 0"),
+        (
+            replace(BASE, warm_up=WarmUpConfig(optimizer=OptimizerConfig(decay_updates=-1))),
+            "warm_up.optimizer.decay_updates -1 must be at least 0",
+        ),
         (replace(BASE, rollout=RolloutConfig(top_p=0.0)), "top_p 0.0 must be above 0, at most 1"),
         (replace(BASE, rollout=RolloutConfig(group=0)), "group 0 must be at least 1"),
         (replace(BASE, rollout=RolloutConfig(lanes=17)), "lanes 17 must be at most rollout.group 16"),

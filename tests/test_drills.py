@@ -64,9 +64,11 @@ def recipe(embedder: Path) -> Recipe:
     tiny = tiny_recipe()
     grpo = replace(tiny.grpo, steps=6, checkpoint_every=2, validate_every=3, keep_checkpoints=2)
     rollout = replace(tiny.rollout, constrained=True, packed_step=0.0)
-    sft = replace(tiny.sft, steps=3)
+    warm_up = replace(tiny.warm_up, steps=3)
     reward = replace(tiny.reward, variant="published", embedder=str(embedder))
-    return validate(replace(tiny, name="drill", devices=2, mesh=MeshConfig(1, 2, 1), rollout=rollout, reward=reward, sft=sft, grpo=grpo))
+    return validate(
+        replace(tiny, name="drill", devices=2, mesh=MeshConfig(1, 2, 1), rollout=rollout, reward=reward, warm_up=warm_up, grpo=grpo)
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def test_killed_in_every_phase(unbroken, config, tmp_path):
     run.kill_when(lambda path: (path / ".data.part").exists())
     assert not (run.path / "data").exists()
     run.kill_when(lambda path: len(read_metrics(path)) == 2)
-    assert {row["phase"] for row in read_metrics(run.path)} == {"sft"}
+    assert {row["phase"] for row in read_metrics(run.path)} == {"warm_up"}
     run.kill_when(lambda path: list(path.glob("reference/*tmp*")))
     assert Checkpoints(run.path / "reference").latest() is None
     run.kill_in("decode", 4, rng.uniform(0, 0.02))

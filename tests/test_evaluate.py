@@ -16,7 +16,7 @@ from pgjax.evaluation.evaluate import evaluate
 from pgjax.evaluation.metrics import summarise, table
 from pgjax.generate.decode import Rollout
 from pgjax.models import static_encoder
-from pgjax.sft.trainer import answer_arrays
+from pgjax.sft.warm_up import answer_arrays
 
 PROMPTS = 16  # 24 rows: the last batch has filler
 

@@ -11,7 +11,7 @@ from pgjax.conversation import answer_text
 from pgjax.data.schema import CATEGORY_NODE, CATEGORY_OOD, MODALITIES
 from pgjax.generate.decode import Rollout
 from pgjax.parallel.mesh import place_rows
-from pgjax.sft.trainer import answer_arrays
+from pgjax.sft.warm_up import answer_arrays
 from pgjax.train.compilations import Compilations
 
 OOD_P = np.arange(P) % 2 == 0

@@ -44,7 +44,7 @@ def events(path) -> list[tuple[str, int, float]]:
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     with RunFolder(tmp_path, Recipe()) as run:
-        run.log(5, {"loss": 0.5}, "sft")
+        run.log(5, {"loss": 0.5}, "warm_up")
         for step in range(1, 6):
             run.log(step, {"reward": step, "nothing": float("nan")})
             run.samples(step, [])
@@ -55,9 +55,9 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     with RunFolder(tmp_path, Recipe(), resume_step=3) as run:
         run.log(4, {"reward": 40})
     rows = read_metrics(tmp_path)
-    assert rows[0] == {"step": 5, "phase": "sft", "loss": 0.5}, "the supervised stage has steps of its own"
+    assert rows[0] == {"step": 5, "phase": "warm_up", "loss": 0.5}, "the supervised stage has steps of its own"
     assert [(row["step"], row["reward"]) for row in rows[1:]] == [(1, 1), (2, 2), (3, 3), (4, 40)]
-    assert events(tmp_path) == [("sft/loss", 5, 0.5), *(("reward", row["step"], row["reward"]) for row in rows[1:])]
+    assert events(tmp_path) == [("warm_up/loss", 5, 0.5), *(("reward", row["step"], row["reward"]) for row in rows[1:])]
     assert sorted(file.name for file in (tmp_path / "samples").iterdir()) == ["1.jsonl", "2.jsonl", "3.jsonl"]
     assert not (tmp_path / "summary.json").exists()
     RunFolder(tmp_path, Recipe()).close()

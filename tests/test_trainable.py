@@ -36,7 +36,9 @@ def recipe(mode: str, **model) -> Recipe:
     tiny = tiny_recipe()
     grpo = dataclasses.replace(tiny.grpo, steps=2, mini_prompts=P, micro_prompts=P, validate_every=2, checkpoint_every=1)
     model = dataclasses.replace(tiny.model, **MODES[mode], **model)
-    return dataclasses.replace(tiny, model=model, mesh=MeshConfig(*ONE), devices=0, sft=dataclasses.replace(tiny.sft, steps=0), grpo=grpo)
+    return dataclasses.replace(
+        tiny, model=model, mesh=MeshConfig(*ONE), devices=0, warm_up=dataclasses.replace(tiny.warm_up, steps=0), grpo=grpo
+    )
 
 
 def names(tree) -> list[str]:

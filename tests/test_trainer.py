@@ -17,7 +17,7 @@ from tiny_recipe import P, R, materials, tiny_recipe
 from pgjax.bank import Bank
 from pgjax.data.toy import OBJECTS, toy_answers
 from pgjax.grpo.trainer import train
-from pgjax.sft.trainer import answer_arrays
+from pgjax.sft.warm_up import answer_arrays
 from pgjax.tokenizer import stop_ids
 from pgjax.train.run_folder import read_config, read_metrics
 
@@ -49,10 +49,10 @@ def test_the_run_folder(run):
     path, summary = run
     rows = read_metrics(path)
     assert [(row["phase"], row["step"]) for row in rows] == [
-        *[("sft", 1), ("sft", 2), ("eval", 0)],
+        *[("warm_up", 1), ("warm_up", 2), ("eval", 0)],
         *[("train", 1), ("train", 2), ("train", 3), ("eval", 3)],
     ]
-    assert rows[0]["sft/loss"] > 0
+    assert rows[0]["warm_up/loss"] > 0
     assert all(np.isfinite(value) for row in rows[3:6] for name, value in row.items() if name != "phase")
     assert rows[5]["perf/compilations"] == 0
     assert read_config(path) == tiny_recipe() and read_config(path).not_a_guard

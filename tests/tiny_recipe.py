@@ -24,7 +24,7 @@ from pgjax.config import (
     OptimizerConfig,
     Recipe,
     RolloutConfig,
-    SFTConfig,
+    WarmUpConfig,
 )
 from pgjax.data.schema import Gold, PromptBatch
 from pgjax.generate.score import pack_values
@@ -54,7 +54,7 @@ def tiny_recipe() -> Recipe:
         ),
         answer=AnswerConfig(max_tokens=R),
         rollout=RolloutConfig(group=G),
-        sft=SFTConfig(steps=2, prompts=P, answers=2),
+        warm_up=WarmUpConfig(steps=2, prompts=P, answers=2),
         grpo=GRPOConfig(
             steps=3,
             prompts=P,

@@ -191,7 +191,7 @@ def toy_answers(
     think_tag: str = "think",
     never_seen: tuple[str, ...] = (),
 ) -> list[str]:
-    """`count` answers for the supervised warm-up, with right labels or with random ones (see `sft.trainer` for what is learnt from which).
+    """`count` answers for the supervised warm-up, with right labels or with random ones (see `sft.warm_up` for what is learnt from which).
 
     The format is always right. Ids are drawn from those that the prompt shows,
     names from the seen nodes of the prompt's level, neither with regard to the gold category. Never-seen names do not occur.

@@ -40,7 +40,7 @@ from pgjax.files import remove_folder
 from pgjax.generate.law import Law
 from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh, place_rows
-from pgjax.sft import trainer as sft
+from pgjax.sft import warm_up as sft
 from pgjax.tokenizer import never_sampled
 from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.compilations import Compilations
@@ -107,15 +107,15 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
 
     def answers(batch, step: int):
         rng = np.random.default_rng((recipe.seed, step))
-        right_P = rng.random(len(batch.rows)) < recipe.sft.label_share
+        right_P = rng.random(len(batch.rows)) < recipe.warm_up.label_share
         rows = zip(batch.rows, right_P, strict=True)
         return [materials.warm_up_answers(rng, example, view, bool(right)) for (example, view), right in rows], right_P
 
-    with Progress("warm-up", recipe.sft.steps, show=show) as progress:
+    with Progress("warm-up", recipe.warm_up.steps, show=show) as progress:
 
         def log(step: int, metrics: Mapping[str, float]) -> None:
-            run.log(step, metrics, "sft")
-            progress.update(step, loss=metrics["sft/loss"])
+            run.log(step, metrics, "warm_up")
+            progress.update(step, loss=metrics["warm_up/loss"])
 
         return sft.train(recipe, setup, law, params, materials.train, answers, materials.tokenizer, log)
 
@@ -187,7 +187,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         if start is None:
             checkpoints.clear(), references.clear()
             params = setup.load(recipe.checkpoint) if recipe.checkpoint else setup.init(recipe.seed)
-            if recipe.sft.steps:
+            if recipe.warm_up.steps:
                 params = warm_up(recipe, setup, materials, params, run, show)
             reference = setup.reference(params)
             state = setup.state(params, optimizer, recipe.seed)

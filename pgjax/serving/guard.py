@@ -8,29 +8,25 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from pgjax import automaton as answers
-from pgjax.automaton import Automaton, id_grid
+from pgjax.automaton import id_grid
 from pgjax.config import OODConfig, Recipe
-from pgjax.conversation import neutralise_special
-from pgjax.data.arrays import Prompt, TooLong, prompt_batch
+from pgjax.data.arrays import TooLong
 from pgjax.data.images import shrunk
 from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
-from pgjax.generate.law import Law
 from pgjax.serving.calibration import Calibration, read_calibration
-from pgjax.serving.engine import Ask, Engine, Told
+from pgjax.serving.engine import Ask, Told
+from pgjax.serving.model import Model, open_saved, start
 from pgjax.serving.scores import forks
 from pgjax.serving.scores import read as read_scores
 from pgjax.serving.verdict import read, verdict
 from pgjax.taxonomy import PolicyView, Taxonomy, full_view, level_of, load_taxonomy, node_of_id, parse_taxonomy
-from pgjax.tokenizer import never_sampled
-from pgjax.train.materials import cache_dir, grid
-from pgjax.train.saved import is_checkpoint, open_checkpoint, open_run
+from pgjax.train.materials import grid
 
 CATEGORIES, SUBCATEGORIES = 24, 4  # that a policy may have, at least: more ids make larger tables, and other programs
 
@@ -87,15 +83,11 @@ class Case(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Guard:
+class Guard(Model):
     """Use it as a context manager, or call `close`: the engine is a thread."""
 
-    recipe: Recipe
-    tokenizer: Any
     taxonomy: Taxonomy
-    automaton: Automaton  # numpy
     calibration: Calibration | None
-    engine: Engine
     bound: bool  # answers under the automaton
 
     @classmethod
@@ -110,36 +102,13 @@ class Guard:
         calibrated: bool = True,
         prompt_tokens: int | None = None,
     ) -> "Guard":
-        """The newest checkpoint of a run folder or the `best` (grpo.keep_best), or a Hugging Face checkpoint directory, on all devices.
-
-        `rows` answers at a time on each device that shares the batch, `queue` requests may wait. `bound` off: nothing holds answers to
-        the format. `calibrated` off: scores as they come. `prompt_tokens` stands instead of the recipe's data.prompt_tokens; a model has
-        not seen longer prompts in training. ValueError for a calibration beside the model that belongs to another checkpoint.
+        """As `Model.load`. `bound` off: nothing holds answers to the format. `calibrated` off: scores as they come. ValueError for a
+        calibration beside the model that belongs to another checkpoint.
         """
-        if min(rows, queue) < 1:
-            raise ValueError(f"rows {rows} and queue {queue} must be 1 or more")
         calibration = read_calibration(folder, best) if calibrated else None
-        recipe, setup, params, tokenizer = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
-        data = dataclasses.replace(recipe.data, prompt_tokens=prompt_tokens or recipe.data.prompt_tokens)
-        recipe, taxonomy = dataclasses.replace(recipe, data=data), load_taxonomy(data.taxonomy)
-        ids = _ids(taxonomy)
-        vocab, limit = recipe.model.text.vocab, recipe.answer.max_tokens
-        with jax.set_mesh(setup.mesh):
-            weights = jax.jit(setup.cast, out_shardings=setup.rollout)(params)
-            automaton = answers.build(tokenizer, ids, recipe.answer.think_tag, vocab, cache_dir())
-            law = Law(jax.numpy.asarray(never_sampled(tokenizer, vocab)), automaton, None, limit)
-        T = recipe.data.prompt_tokens + len(tokenizer(_opening(recipe), add_special_tokens=False)["input_ids"])
-        engine = Engine(setup, weights, law, T, recipe.data.patches, rows, queue)
-        return cls(recipe, tokenizer, taxonomy, jax.tree.map(np.asarray, automaton), calibration, engine, bound)
-
-    def close(self) -> None:
-        self.engine.stop()
-
-    def __enter__(self) -> "Guard":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+        saved = open_saved(folder, best)
+        taxonomy, opening = load_taxonomy(saved.recipe.data.taxonomy), _opening(saved.recipe)
+        return cls(*start(saved, rows, queue, prompt_tokens, _ids(taxonomy), opening), taxonomy, calibration, bound)
 
     # --- policies --------------------------------------------------------------------------------------------------------------------
 
@@ -258,25 +227,6 @@ class Guard:
         """What an answer begins with before the model writes."""
         return _opening(self.recipe) if mode == "fast" else ""
 
-    def text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-    # --- the model itself ------------------------------------------------------------------------------------------------------------
-
-    def chat(self, messages: list[dict], images: Sequence[bytes], **how: Any) -> Ask:
-        """An ask for the model's own next turn in a chat (`messages` as for chat templates), without a policy of ours or the automaton.
-
-        Special tokens that stand in texts are broken: they cannot end a turn. `how` are fields of `Ask`. ValueError for what does not fit.
-        """
-        clean = [message | {"content": _neutral(message["content"], self.tokenizer)} for message in messages]
-        text = self.tokenizer.apply_chat_template(clean, add_generation_prompt=True, tokenize=False)
-        vision = self.recipe.model.vision
-        prompt = prompt_batch([Prompt(0, text, images)], self.tokenizer, vision, self.engine.prompt_tokens, self.recipe.data.patches)
-        return Ask(prompt, int(self.automaton.start_M[0]), np.ones(len(self.automaton.ids) + 2, bool), bound=False, **how)
-
 
 def _answered(case: Case | ValueError) -> Case | ValueError:
     if isinstance(case, Case):
@@ -293,9 +243,3 @@ def _ids(taxonomy: Taxonomy) -> tuple[str, ...]:
     """The ids of the taxonomy, and of any policy of CATEGORIES times SUBCATEGORIES."""
     most = max(len(taxonomy.children(node.id)) for node in taxonomy.top)
     return id_grid(max(len(taxonomy.top), CATEGORIES), max(most, SUBCATEGORIES))
-
-
-def _neutral(content: str | list[dict], tokenizer) -> str | list[dict]:
-    if isinstance(content, str):
-        return neutralise_special(content, tokenizer)
-    return [part | {"text": neutralise_special(part["text"], tokenizer)} if part["type"] == "text" else part for part in content]

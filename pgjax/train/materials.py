@@ -35,7 +35,7 @@ class Materials:
     embedder: Embedder
     bank: Bank  # of training: never-seen nodes have no row
     full_bank: Bank  # of evaluation: every node but the reserved
-    # (randomness, row, its policy, are the labels to be right) -> `sft.answers` texts
+    # (randomness, row, its policy, are the labels to be right) -> `warm_up.answers` texts
     warm_up_answers: Callable[[np.random.Generator, Example, PolicyView, bool], list[str]]
 
 
@@ -110,7 +110,7 @@ def make_materials(recipe: Recipe, folder: Path) -> Materials:
     def warm_up_answers(rng: np.random.Generator, example: Example, view: PolicyView, right: bool) -> list[str]:
         # Format, ids and names from the prompt's policy alone: nothing in these answers is about the toy, so every source has them.
         never_seen = recipe.data.ood.never_seen
-        return toy_answers(rng, example, view, taxonomy, recipe.sft.answers, right, recipe.answer.think_tag, never_seen)
+        return toy_answers(rng, example, view, taxonomy, recipe.warm_up.answers, right, recipe.answer.think_tag, never_seen)
 
     banks = make_banks(recipe, taxonomy, embedder)
     return Materials(taxonomy, tokenizer, automaton, train, held_out, embedder, *banks, warm_up_answers)

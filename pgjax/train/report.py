@@ -104,7 +104,7 @@ def header(recipe: Recipe, steps: list[dict]) -> str:
     items = {
         "steps": f"{done} of {grpo.steps}, {seconds / 60:.1f} min",
         "data": f"{recipe.data.name}, seed {recipe.seed}",
-        "start": recipe.checkpoint or f"random weights, {recipe.sft.steps} warm-up steps",
+        "start": recipe.checkpoint or f"random weights, {recipe.warm_up.steps} warm-up steps",
         "batch": f"{grpo.prompts} prompts x {recipe.rollout.group} answers, at most {recipe.answer.max_tokens} tokens",
         "learning rate": f"{grpo.optimizer.learning_rate:g}, {grpo.optimizer.schedule}",
         "KL": f"{grpo.loss.kl_coef:g} in the loss, {grpo.loss.kl_in_reward:g} in the reward",

@@ -95,7 +95,7 @@ class RunFolder:
         kept = []
         if step is not None:
             # The supervised stage, whose steps have numbers of their own, lies before every checkpoint.
-            kept = [row for row in read_metrics(self.path) if row["step"] <= step or row["phase"] == "sft"]
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step or row["phase"] == "warm_up"]
         replace_file(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         for file in (self.path / "samples").glob("*.jsonl*"):
             if step is None or int(file.name.partition(".")[0]) > step:

@@ -48,14 +48,15 @@ def train(
     tokenizer,
     log: Callable[[int, dict[str, float]], None],
 ) -> dict:
-    """Run `recipe.sft.steps` updates from `params`; returns the trained parameters.
+    """Run `recipe.warm_up.steps` updates from `params`; returns the trained parameters.
 
     All of the base model is trained, whatever the recipe freezes later: here the stage stands for what a checkpoint brings along.
 
-    `answers(batch, step)` gives `sft.answers` texts for each prompt of the batch, and bool [P]: are its labels right, and so supervised.
+    `answers(batch, step)` gives `warm_up.answers` texts for each prompt of the batch, and bool [P]: are its labels right, and so
+    supervised.
     `log(step, metrics)` is called after every step.
     """
-    config, R, mesh = recipe.sft, recipe.answer.max_tokens, setup.mesh
+    config, R, mesh = recipe.warm_up, recipe.answer.max_tokens, setup.mesh
     setup = make_setup(dataclasses.replace(setup.model.config, freeze_vision=False, lora_rank=0), mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = setup.state(params, optimizer)
@@ -66,7 +67,7 @@ def train(
         prompt, packed, weight_PQ = batch
         logp, _ = score(setup.model, params, prompt, packed, law, entropy=False)
         pair = (-(logp * weight_PQ).sum(), weight_PQ.sum())
-        return pair[0], {"sft/loss": pair}
+        return pair[0], {"warm_up/loss": pair}
 
     def step(state, batch, tokens_PGR, length_PG, right_P):
         packed = pack(tokens_PGR, jnp.zeros_like(tokens_PGR), length_PG, config.answers * R)
