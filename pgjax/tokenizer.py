@@ -122,7 +122,8 @@ def answer_texts(tokenizer, tokens_PGR: np.ndarray, length_PG: np.ndarray) -> li
 
 def answer_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Answers as tokens, each closed by the stop token."""
-    return [[*ids, stop_ids(tokenizer)[0]] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    stop = stop_ids(tokenizer)[0]
+    return [[*ids, stop] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
 
 def load_tokenizer(folder: str | Path):
