@@ -1,6 +1,6 @@
 """The frame and the style sheet of pages such as report.html: light and dark, wide and narrow, no scripts, nothing fetched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pgjax.pages.charts import text
 
@@ -90,6 +90,10 @@ def whole_page(title: str, header: str, sections: Mapping[str, str]) -> str:
 def facts(items: Mapping[str, object]) -> str:
     """Names over their values."""
     return "<dl>" + "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items.items()) + "</dl>"
+
+
+def warnings(lines: Iterable[str]) -> str:
+    return "".join(f'<div><p class="warning">{text(line)}</p></div>' for line in lines)
 
 
 def table_of(*columns: str, rows: str, kind: str = "numbers") -> str:

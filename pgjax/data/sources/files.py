@@ -185,6 +185,14 @@ def order_of(group: str) -> int:
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8])
 
 
+def first_groups(examples: list[Example], limit: int) -> list[Example]:
+    """At most so many rows, whole groups in an order by a hash of their names; of a larger first group its first rows."""
+    ordered = sorted(examples, key=lambda example: (order_of(example.group), example.group, example.id))
+    while 0 < limit < len(ordered) and ordered[limit - 1].group == ordered[limit].group != ordered[0].group:
+        limit -= 1
+    return ordered[:limit]
+
+
 def text_group(text: str) -> str:
     """One group for texts that differ in case, spaces or punctuation at most, so that copies never part over splits, nor over sets."""
     return "text-" + hashlib.sha256(re.sub(r"[\W_]+", " ", text.casefold()).strip().encode()).hexdigest()[:16]
