@@ -82,8 +82,8 @@ PAGE = """<!doctype html>
 def whole_page(title: str, header: str, sections: Mapping[str, str]) -> str:
     """The page of these sections by heading, with links to them on top; `header` and the sections are markup, an empty one is left out."""
     kept = {name: body for name, body in sections.items() if body}
-    nav = " ".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(kept))
-    body = "".join(f'<section id="s{i}"><h2>{name}</h2>{part}</section>' for i, (name, part) in enumerate(kept.items()))
+    nav = " ".join(f'<a href="#s{i}">{text(name)}</a>' for i, name in enumerate(kept))
+    body = "".join(f'<section id="s{i}"><h2>{text(name)}</h2>{part}</section>' for i, (name, part) in enumerate(kept.items()))
     return PAGE.format(title=text(title), style=STYLE, header=header, nav=nav, body=body)
 
 
