@@ -95,6 +95,28 @@ def moderate(args: argparse.Namespace, rest: list[str]) -> None:
             print(json.dumps(named | verdict) if args.json else readable(named | verdict), flush=True)
 
 
+def rewrite(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.data.images import read_image
+    from pgjax.data.jsonl import read_jsonl
+
+    if bool(args.jsonl) == bool(args.request or args.image):
+        raise ValueError("give either --jsonl with its own requests, or --request, --image or both")
+    start_jax(0)
+    from pgjax.data.rows import conversation, conversation_of
+    from pgjax.rewriter.rewriter import Rewriter
+
+    lines = read_jsonl(args.jsonl) if args.jsonl else []
+    examples = [conversation_of(line, ("id", "request", "image")) for line in lines]
+    if not lines:
+        examples = [conversation(args.request, None, read_image(args.image) if args.image else None)]
+    ids = [line.row.get("id", line.number) for line in lines] or [None]
+    with Rewriter.load(Path(args.model), args.best, rows=args.rows, prompt_tokens=args.prompt_tokens) as rewriter:
+        for id, made in zip(ids, rewriter.rewrites(examples), strict=True):
+            row = ({"id": id} if lines else {}) | made._asdict() | {"report": made.report and made.report.model_dump()}
+            print(json.dumps(row) if args.json or lines else readable_rewrite(row), flush=True)
+
+
 def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
     start_jax(0)
@@ -214,6 +236,15 @@ def readable(verdict: dict) -> str:
     return "\n".join(lines + (["(toy model: not a guard)"] if verdict["not_a_guard"] else []))
 
 
+def readable_rewrite(row: dict) -> str:
+    """A rewrite for people. Both texts of it are a model's."""
+    from pgjax.serving.verdict import REASONING_LIMIT, printable
+
+    lines = [f"{part + ':':<9} {printable(said, REASONING_LIMIT)}" for part, said in (row["report"] or {}).items()]
+    why = " (the answer cannot be taken as a rewrite: this is the original prompt)" if row["how"] == "fallback" else ""
+    return "\n".join([*lines, f"prompt:   {printable(row['prompt'], len(row['prompt']))}", f"how:      {row['how']}{why}"])
+
+
 def score(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
     start_jax(0)
@@ -282,7 +313,8 @@ def no_more(rest: list[str]) -> None:
         raise ValueError(f"unknown argument {rest[0]!r}; see --help")
 
 
-COMMANDS = {run.__name__: run for run in (train, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, report)}
+RUNS = (train, demo, moderate, rewrite, evaluate, calibrate, serve, score, export, reward, bank, report)
+COMMANDS = {run.__name__: run for run in RUNS}
 
 
 def main(argv: list[str] | None = None) -> int:

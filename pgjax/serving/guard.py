@@ -16,7 +16,6 @@ from pgjax import automaton as answers
 from pgjax.automaton import id_grid
 from pgjax.config import OODConfig, Recipe
 from pgjax.data.arrays import TooLong
-from pgjax.data.images import shrunk
 from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
 from pgjax.serving.calibration import Calibration, read_calibration
@@ -142,8 +141,7 @@ class Guard(Model):
         if policy.renderer.reserved & {example.node, *example.accepted}:
             raise Unfit("reserved", f"{where}: it is about a category that no prompt may show")
         try:
-            share = data.patches // max(len(example.images), 1)
-            images = tuple(shrunk(image, self.recipe.model.vision, share) for image in example.images)
+            images = self.shrunk(example.images)
         except ValueError as error:
             raise Unfit("image not readable", f"{where}: image: {error}") from error
         try:

@@ -13,6 +13,7 @@ from pgjax.automaton import Automaton
 from pgjax.config import Recipe
 from pgjax.conversation import chat_text
 from pgjax.data.arrays import Prompt, prompt_batch
+from pgjax.data.images import shrunk
 from pgjax.generate.law import Law
 from pgjax.serving.engine import Ask, Engine
 from pgjax.tokenizer import never_sampled
@@ -61,6 +62,11 @@ class Model:
         vision, data = self.recipe.model.vision, self.recipe.data
         batch = prompt_batch([prompt], self.tokenizer, vision, self.engine.prompt_tokens, data.patches)
         return Ask(batch, int(self.automaton.start_M[0]), np.ones(len(self.automaton.ids) + 2, bool), bound=False, **how)
+
+    def shrunk(self, images: Sequence[bytes]) -> tuple[bytes, ...]:
+        """The pictures, those smaller that take more patches than each one's share. ValueError for one that cannot be read."""
+        share = self.recipe.data.patches // max(len(images), 1)
+        return tuple(shrunk(image, self.recipe.model.vision, share) for image in images)
 
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
