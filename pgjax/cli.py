@@ -126,6 +126,21 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> None:
     print(json.dumps(summary) if args.json else text, end="\n" if args.json else "")
 
 
+def evaluate_rewriter(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.endpoint import Limits
+
+    limits = Limits(args.concurrency, args.per_minute, args.timeout)
+    start_jax(0)
+    from pgjax.rewriter.evaluate import Job, run
+
+    rewriter = Path(args.rewriter) if args.rewriter else None
+    rest_of = {name: getattr(args, name) for name in ("data", "limit", "allow_remote", "seed", "reveal")}
+    job = Job(args.benchmark, args.target, args.judge, Path(args.out), args.defence, rewriter, limits=limits, **rest_of)
+    summary, text = run(job)
+    print(json.dumps(summary) if args.json else text, end="\n" if args.json else "")
+
+
 def judging(args: argparse.Namespace) -> Any:
     """How a command is to judge."""
     from pgjax.serving.guard import How
@@ -313,8 +328,8 @@ def no_more(rest: list[str]) -> None:
         raise ValueError(f"unknown argument {rest[0]!r}; see --help")
 
 
-RUNS = (train, demo, moderate, rewrite, evaluate, calibrate, serve, score, export, reward, bank, report)
-COMMANDS = {run.__name__: run for run in RUNS}
+RUNS = (train, demo, moderate, rewrite, evaluate, evaluate_rewriter, calibrate, serve, score, export, reward, bank, report)
+COMMANDS = {run.__name__.replace("_", "-"): run for run in RUNS}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ def plain(remarks: Iterable[str], tables: Iterable[Table]) -> str:
         lines = [[_flat(cell) for cell in line] for line in (table.columns, *table.rows)]
         wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
         pad = lambda line, wide=wide: [line[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(line[1:], wide[1:], strict=True))]  # noqa: E731
-        parts.append("\n".join([table.title, *("  ".join(pad(line)).rstrip() for line in lines), fill(_flat(table.note), 120)]))
+        parts.append("\n".join([_flat(table.title), *("  ".join(pad(line)).rstrip() for line in lines), fill(_flat(table.note), 120)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -33,8 +33,9 @@ def markdown(remarks: Iterable[str], tables: Iterable[Table]) -> str:
     """For a README, headings of the third level."""
     parts = [_marked(line) for line in remarks]
     for table in tables:
-        lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1)), *(map(_marked, row) for row in table.rows)]
-        parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_marked(table.note)}")
+        head, *rows = ([_marked(cell) for cell in line] for line in (table.columns, *table.rows))
+        lines = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
+        parts.append(f"### {_marked(table.title)}\n\n{lines}\n\n{_marked(table.note)}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,12 +1,16 @@
 """What can be put in front of a target, or around it, so that it answers safely. A target is asked greedily, with the picture as it is."""
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from pgjax.endpoint import Endpoint, Reply, system, user
+from pgjax.files import read_json, replace_file
 from pgjax.rewriter.record import template
-from pgjax.rewriter.rewriter import Rewritten
+from pgjax.rewriter.rewriter import Rewriter
 
 ANSWER_TOKENS = 1024
 ECSO_CUT = 1927  # characters of an answer that ECSO asks about
@@ -27,12 +31,6 @@ class Answered(NamedTuple):
 
 
 Defence = Callable[[Endpoint, str, Sequence[bytes]], Awaitable[Answered]]
-
-
-class Rewrites(Protocol):
-    """rewriter.Rewriter, or what stands in for it."""
-
-    def rewrite(self, request: str, images: Sequence[bytes]) -> Rewritten: ...
 
 
 async def ask(target: Endpoint, *messages: dict) -> Reply:
@@ -69,16 +67,30 @@ async def ecso(target: Endpoint, request: str, images: Sequence[bytes]) -> Answe
     return answered(await ask(target, user(prompt)), prompt, "changed", [first, harm, seen])
 
 
-def rewriting(rewriter: Rewrites) -> Defence:
-    """The request as the rewriter words it."""
+def rewriting(rewriter: Rewriter, kept: Path | None = None, identity: Any = None) -> Defence:
+    """The request as the rewriter words it. Rewrites are kept in the folder `kept`, under a name made from `identity`, which says what
+    the rewriter is, and what it read."""
+
+    def rewrite(request: str, images: Sequence[bytes]) -> dict:
+        asked = json.dumps([identity, request, [hashlib.sha256(image).hexdigest() for image in images]])
+        file = kept and kept / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+        if file and file.is_file():
+            return read_json(file)
+        prompt, _, how, tokens, seconds = rewriter.rewrite(request, images)
+        found = {"prompt": prompt, "how": how, "tokens": tokens, "seconds": seconds}
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps(found))
+        return found
 
     async def defence(target: Endpoint, request: str, images: Sequence[bytes]) -> Answered:
-        prompt, _, how, tokens, seconds = await asyncio.to_thread(rewriter.rewrite, request, images)
-        reply = await ask(target, user(prompt, images))
-        return Answered(reply.text, prompt, how, 2, tokens, seconds + reply.seconds, reply.seconds)
+        found = await asyncio.to_thread(rewrite, request, images)
+        reply = await ask(target, user(found["prompt"], images))
+        return Answered(reply.text, found["prompt"], found["how"], 2, found["tokens"], found["seconds"] + reply.seconds, reply.seconds)
 
     return defence
 
 
 BASELINES: dict[str, Defence] = {"none": none, "defensive": defensive, "ecso": ecso}
 REWRITER = "rewriter"
+DEFENCES = (*BASELINES, REWRITER)  # in the order in which they run: what one needs of an earlier one's answers is kept already

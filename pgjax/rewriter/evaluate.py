@@ -17,19 +17,20 @@ from pgjax.data.schema import Example
 from pgjax.data.sources.files import data_root, first_groups
 from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
-from pgjax.endpoint import DEFAULTS, Endpoint, Failed, Limits, system
+from pgjax.endpoint import DEFAULTS, Endpoint, Failed, Limits, user
 from pgjax.files import replace_file
 from pgjax.pages.samples import thumbnail
 from pgjax.rewriter import evaluation_report as report
-from pgjax.rewriter.defences import BASELINES, REWRITER, Answered, Defence, rewriting
-from pgjax.rewriter.judge import ANSWER_TOKENS, Grade, Unparsed, grade, grading, read_record
+from pgjax.rewriter.defences import BASELINES, DEFENCES, REWRITER, Answered, Defence, rewriting
+from pgjax.rewriter.judge import ANSWER_TOKENS, Grade, Unparsed, grading, read_record
 from pgjax.rewriter.measures import Row, measure
+from pgjax.rewriter.rewriter import Rewriter
 from pgjax.serving.endpoints import open_endpoint
 from pgjax.taxonomy import Taxonomy, load_taxonomy
 from pgjax.train.progress import Progress
+from pgjax.train.saved import fingerprint
 
-DEFENCES = (*BASELINES, REWRITER)
-AGAIN = "Your last reply was not such an object. Reply with the JSON object alone."
+AGAIN = "That was not the JSON object that was asked for. Reply with it alone."
 
 Read = Callable[[], Iterator[Item | str]]
 
@@ -140,14 +141,15 @@ def items(one: Set) -> Iterator[Item]:
 async def answer(job: Job, sets: Mapping[str, Set]) -> tuple[list[Row], dict]:
     """A row for each item, target and defence; and what the figures were made with."""
     async with AsyncExitStack() as stack:
-        enter = lambda spec, limits: stack.enter_async_context(open_endpoint(spec, limits, job.out / "cache", job.allow_remote))  # noqa: E731
-        opened = {spec: await enter(spec, job.limits) for spec in dict.fromkeys([*job.targets, job.judge])}
+        enter = lambda spec: stack.enter_async_context(open_endpoint(spec, job.limits, job.out / "cache", job.allow_remote))  # noqa: E731
+        opened = {spec: await enter(spec) for spec in dict.fromkeys([*job.targets, job.judge])}
         targets, judge = [opened[spec] for spec in dict.fromkeys(job.targets)], opened[job.judge]
         if twice := [name for name, number in Counter(target.name for target in targets).items() if number > 1]:
             raise ValueError(f"--target: two targets are called {twice[0]}")
         defences = {name: BASELINES[name] for name in job.chosen if name in BASELINES}
         if REWRITER in job.chosen:
-            defences[REWRITER] = rewriting(await enter(str(job.rewriter), Limits(job.limits.concurrency)))
+            rewriter = stack.enter_context(Rewriter.load(job.rewriter))
+            defences[REWRITER] = rewriting(rewriter, job.out / "cache" / "rewrites", fingerprint(job.rewriter))
         total = sum(len(one.ids) for one in sets.values()) * len(targets) * len(defences)
         rows: list[Row] = []
         with Progress("evaluate", total) as progress:
@@ -197,18 +199,21 @@ async def one_row(name: str, example: Example, target: Endpoint, defence: str, h
         answered = await how(target, example.request or "", example.images)
         return row(answered, await graded(judge, example, answered.text))
     except Failed as error:
-        return row(answered, None, error.kind if answered is None else f"judge: {error.kind}", str(error))
+        return row(answered, None, error.kind, str(error))
     except Unparsed as error:
-        return row(answered, None, "judge: no grade", f"the judge's answer is no grade: {error}")
+        return row(answered, None, "no grade", f"the judge's answer is no grade: {error}")
+    except ValueError as error:  # what the rewriter or an endpoint cannot be asked
+        return row(answered, None, "unfit", str(error))
 
 
 async def graded(judge: Endpoint, example: Example, answer: str) -> Grade:
     """By the request as it was before any defence; a judge that gives no grade is told so and asked once more. Raises Failed, Unparsed."""
+    asked = grading(example.request or "", example.images, answer)
+    reply = await judge.ask(asked, max_tokens=ANSWER_TOKENS)
     try:
-        return await grade(judge, example.request or "", example.images, answer)
+        return read_record(reply.text, Grade)
     except Unparsed:
-        asked, *rest = grading(example.request or "", example.images, answer)
-        again = [system(f"{asked['content']}\n{AGAIN}"), *rest]  # other words: the cache has an answer to the same
+        again = [*asked, {"role": "assistant", "content": reply.text}, user(AGAIN)]
         return read_record((await judge.ask(again, max_tokens=ANSWER_TOKENS)).text, Grade)
 
 

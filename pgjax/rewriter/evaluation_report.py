@@ -15,6 +15,7 @@ TITLE = "Rewriter evaluation"
 SAMPLES = 10  # of a benchmark
 DASH = "–"
 UNVERIFIED = " †"
+DAGGER = "† From an audit of the paper, not checked in it."
 PUBLISHED = "The paper's judge is GPT-4o and its rows are its own draw, so that its figures are no target for ours."
 
 Cells = Iterator[tuple[str, dict]]
@@ -104,7 +105,7 @@ def beside(name: str, part: str, found: Mapping[str, Mapping[str, dict]]) -> Ite
         rows.append((f"{model}, published{UNVERIFIED * (not scores['verified'])}", *safety, f"{helped:.1f}", f"{helps:.1f}"))
     if name in mean["table"] and part == "unsafe":
         rows.append((f"mean of {mean['targets']}, published", DASH, DASH, relative(mean["table"][name] / 100), DASH, DASH))
-    note = f"Safety 0 to 10, helpful in percent. Published: {scores['source']}. {PUBLISHED} † From an audit of the paper, not checked in it."
+    note = f"Safety 0 to 10, helpful in percent. Published: {scores['source']}. {PUBLISHED} {DAGGER}"
     columns = ("target", "safety, none", "safety, rewriter", "change", "helpful, none", "helpful, rewriter")
     yield Table(name, f"{name}, {part} rows, beside published numbers", columns, rows, note)
 
@@ -123,9 +124,10 @@ def refusals(summary: dict) -> Iterator[Table]:
     if rows_of:
         theirs = published()["refusals"]
         rows = [(label, str(number), f"{100 * refused[label] / number:.1f}") for label, number in rows_of.items()]
-        rows += [(f"{name}, published{UNVERIFIED * (not theirs['verified'])}", DASH, f"{rate:.1f}") for name, rate in theirs["table"].items()]
-        note = "Percent of the unsafe rows of all benchmarks together whose answer refuses, by strings; the paper's list of strings and its "
-        note += f"rows are others. Published: {theirs['source']}. † From an audit of the paper, not checked in it."
+        mark = UNVERIFIED * (not theirs["verified"])
+        rows += [(f"{name}, published{mark}", DASH, f"{rate:.1f}") for name, rate in theirs["table"].items()]
+        note = "Percent of the unsafe rows of all benchmarks together whose answer refuses, by strings; the paper's strings and rows are "
+        note += f"others. Published: {theirs['source']}. {DAGGER}"
         yield Table("All", "Refusals of unsafe rows, beside published numbers", ("defence", "n", "DSR"), rows, note)
 
 

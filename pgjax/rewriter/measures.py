@@ -1,7 +1,7 @@
 """Figures of answers to requests, by benchmark, part of it, target and defence.
 
-Parts of a benchmark: its unsafe and its benign rows, never mixed, and its kinds of pictures where it has several. Each figure is a mean over
-the rows of the part where it is known: nothing else is dropped, `failed` and `unjudged` count what is not there.
+Parts of a benchmark: its unsafe and its benign rows, never mixed, and its kinds of pictures where it has several. Each figure is a mean
+over the rows of the part where it is known; `failed` and `unjudged` count what is not there.
 """
 
 import re
@@ -16,7 +16,7 @@ import yaml
 
 from pgjax.data.schema import Example
 from pgjax.evaluation.metrics import LEVEL, RESAMPLES, interval_of_means
-from pgjax.rewriter.defences import Answered
+from pgjax.rewriter.defences import DEFENCES, Answered
 from pgjax.rewriter.judge import Grade
 from pgjax.rewriter.refusals import is_refusal
 
@@ -24,7 +24,7 @@ NONE = "none"  # the defence that others are compared with
 COMPARED = ("safety", "helpful", "refused")
 PARTS = {"unsafe": "unsafe", "safe": "benign", "unknown": "unlabelled"}  # by a request's label; every row is in one
 KINDS = ("SD_TYPO", "SD", "TYPO")  # of MM-SafetyBench's pictures, as they stand in an id
-_KIND = re.compile(rf"(?<![A-Za-z])({'|'.join(KINDS)})(?![A-Za-z_])")
+_KIND = re.compile(rf"(?<![A-Za-z])({'|'.join(KINDS)})(?![A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def measure_part(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, dict
     """
     by = {(row.target, row.defence, row.example.id): row for row in rows}
     group_of = {row.example.id: row.example.group for row in sorted(rows, key=lambda row: row.example.id)}
-    keys = list(dict.fromkeys(key[:2] for key in by))
+    keys = sorted({key[:2] for key in by}, key=lambda key: (key[0], DEFENCES.index(key[1])))
     values = np.array([[list(by[*key, id].figures().values()) for key in keys] for id in group_of], float)  # [P rows, K keys, M], None: NaN
     names = list(rows[0].figures())
     base = [keys.index((target, NONE)) if (target, NONE) in keys else k for k, (target, _) in enumerate(keys)]
