@@ -243,12 +243,12 @@ def test_without_what_it_is_compared_with():
 
 
 def test_parts_of_a_benchmark():
-    ids = {"a/SD-1": "SD", "a/SD_TYPO-1": "SD_TYPO", "TYPO_1": "TYPO", "a-SDX": None}
+    ids = ["mm_safetybench-01-SD-1", "mm_safetybench-01-SD_TYPO-1", "mm_safetybench-13-TYPO-2", "mm_safetybench-13-TYPO-3"]
     rows = [row(id, "none", 5, benchmark="mm_safetybench") for id in ids] + [row("b", "none", 5, label="safe", benchmark="mm_safetybench")]
-    rows += [row("SD", "none", 5, label=label) for label in ("unknown",)]
+    rows += [row("x-SD-1", "none", 5, label="unknown")]
     found = measure(rows, {"mm_safetybench": {"empty": 2}, "set": {}})["benchmarks"]
     numbers = {part: one["t"]["none"]["n"] for part, one in found["mm_safetybench"]["parts"].items()}
-    assert numbers == {"unsafe": 4, "benign": 1, "SD_TYPO": 1, "SD": 1, "TYPO": 1}
+    assert numbers == {"unsafe": 4, "benign": 1, "SD_TYPO": 1, "SD": 1, "TYPO": 2}
     assert found["mm_safetybench"]["rows"] == 5 and found["mm_safetybench"]["left_out"] == {"empty": 2}
     assert list(found["set"]["parts"]) == ["unlabelled"]
 
@@ -341,7 +341,7 @@ def test_figures_of_the_toy_world(world):
     last = next(one for one in answers if one["id"] == "u0" and one["defence"] == "rewriter")
     assert (last["safety"], last["helpful"], last["how"], last["refused"], last["failed"]) == (10, True, "changed", False, None)
     assert last["group"] == "g-u0" and last["prompt_characters"] == len(REQUEST.format("clean"))
-    assert "vlguard, unsafe rows" in text and "LLaVA-1.5-7B, published †" in text and "ECSO, published †" in text
+    assert "unsafe: ecso" in text and "LLaVA-1.5-7B, published †" in text and "ECSO, published †" in text
     page = Page((world.out / "report.html").read_text())
     assert page.balanced and is_harmless(page) and len(page.all("img")) == 5 and not page.all("label")  # toy data is open
     assert REQUEST.format("clean") in page.text
@@ -360,7 +360,7 @@ def test_an_evaluation_goes_on_without_asking_again(world):
         assert server.calls["toy-target"] == asked and world.rewriter.calls == rewritten == 5
         calls, files = Counter(server.calls), {name: (world.out / name).read_text() for name in ("answers.jsonl", "tables.md")}
         again, _ = run(job(world, server))
-        assert server.calls == calls and again["benchmarks"] == first["benchmarks"] and set(again["about"]["calls"]) == {"cached"}
+        assert server.calls == calls and again["benchmarks"] == first["benchmarks"] and "calls" not in again["about"]["calls"]
         assert files == {name: (world.out / name).read_text() for name in files}
 
 
@@ -443,7 +443,7 @@ def test_the_command(world, capsys, tmp_path, monkeypatch):
         assert set(summary["benchmarks"]) == {"vlguard", "mine"} and summary["benchmarks"]["mine"]["rows"] == 5
         assert main(["evaluate-rewriter", "--benchmark", "vlguard", *flags, "--defence", "ecso", "none"]) == 0
         out = capsys.readouterr()
-        assert "against none" in out.out and "\nrewriter " not in out.out and "steal" not in out.out + out.err
+        assert "against none" in out.out and ": rewriter" not in out.out and "steal" not in out.out + out.err
 
 
 @pytest.mark.parametrize(

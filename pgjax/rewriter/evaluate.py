@@ -163,12 +163,12 @@ async def answer(job: Job, sets: Mapping[str, Set]) -> tuple[list[Row], dict]:
             every = (partial(through, name, item) for name, one in sets.items() for item in items(one))
             await some_at_a_time(every, job.limits.concurrency * len(targets))
         about = {
-            "rewriter": str(job.rewriter or "–"),
+            "rewriter": str(job.rewriter or report.DASH),
             "judge": judge.name,
             "targets": ", ".join(target.name for target in targets),
             "rows of each set": f"at most {job.limit}" if job.limit else "all",
             "seed": job.seed,
-            "calls": dict(sum((endpoint.counts for endpoint in opened.values()), Counter())),
+            "calls": report.counted(sum((endpoint.counts for endpoint in opened.values()), Counter())),
         }
     return sorted(rows, key=lambda row: (row.benchmark, row.example.id, row.target, DEFENCES.index(row.defence))), about
 

@@ -59,28 +59,33 @@ def parts(summary: dict) -> Iterator[tuple[str, str, dict]]:
 
 
 def tables(summary: dict) -> Iterator[Table]:
-    level = f"{100 * summary['level']:.0f}%"
-    for name, part, found in parts(summary):
-        title = f"{name}, {part} rows"
-        refused = {"unsafe": "refused (DSR)", "benign": "refused (over-refusal)"}.get(part, "refused")
+    for name, one in summary["benchmarks"].items():
+        entries = [(f"{part}: {label}", entry) for part, found in one["parts"].items() for label, entry in cells(found)]
         rows = []
-        for label, one in cells(found):
-            shown = figure(one, "safety", 1, 2), figure(one, "helpful"), figure(one, "refused"), figure(one, "changed")
-            rows.append((label, str(one["n"]), *shown, figure(one, "fallback", interval=False)))
-        columns = ("defence", "n", "safety", "helpful", refused, "changed", "fallback")
-        note = f"Safety 0 to 10 and helpful by the judge, refused by strings; all but safety in percent. In brackets: {level} bootstrap "
-        note += "intervals, drawn by groups of rows. changed: the request went on in other words; fallback: as it was, for want of an "
-        note += "output that parses."
-        yield Table(name, title, columns, rows, note)
+        for label, entry in entries:
+            shown = figure(entry, "safety", 1, 2), figure(entry, "helpful"), figure(entry, "refused"), figure(entry, "changed")
+            rows.append((label, str(entry["n"]), *shown, figure(entry, "fallback", interval=False)))
+        columns = ("rows: defence", "n", "safety", "helpful", "refused", "changed", "fallback")
+        note = "Safety 0 to 10 and helpful by the judge; refused by strings, of unsafe rows the DSR, of benign ones over-refusal; all but "
+        note += f"safety in percent. In brackets: {100 * summary['level']:.0f}% bootstrap intervals, drawn by groups of rows. changed: the "
+        note += "request went on in other words; fallback: as it was, for want of an output that can be taken."
+        yield Table(name, f"{name}, scores", columns, rows, note)
         rows = [
-            (label, *(change(one, "safety", 1, 2), relative(one["relative_safety"])), change(one, "helpful"), change(one, "refused"))
-            for label, one in cells(found)
-            if one["difference"]
+            (
+                label,
+                *(change(entry, "safety", 1, 2), relative(entry["relative_safety"])),
+                change(entry, "helpful"),
+                change(entry, "refused"),
+            )
+            for label, entry in entries
+            if entry["difference"]
         ]
         if rows:
-            note = "What the defence gives less what none gives, over rows that have both; helpful and refused in percentage points."
-            yield Table(name, f"{title}, against none", ("defence", "safety", "safety, relative", "helpful", "refused"), rows, note)
-        yield from beside(name, part, found)
+            columns = ("rows: defence", "safety", "safety, relative", "helpful", "refused")
+            note = "What a defence gives less what none gives, over the rows that have both; helpful and refused in percentage points."
+            yield Table(name, f"{name}, against none", columns, rows, note)
+        for part, found in one["parts"].items():
+            yield from beside(name, part, found)
     yield from refusals(summary)
     yield from cost(summary)
     yield from used(summary)
@@ -98,7 +103,7 @@ def beside(name: str, part: str, found: Mapping[str, Mapping[str, dict]]) -> Ite
         safety, helpful = ([figure(one[d], key, scale, digits, False) for d in (NONE, REWRITER)] for key, scale, digits in CELLS)
         rows.append((names[target], *safety, relative(one[REWRITER]["relative_safety"]), *helpful))
         changes.append(one[REWRITER]["relative_safety"])
-    if None not in changes:
+    if len(changes) > 1 and None not in changes:
         rows.append((f"mean of {len(changes)}", DASH, DASH, relative(sum(changes) / len(changes)), DASH, DASH))
     for model, before, helped, after, helps in theirs:
         safety = f"{before:.2f}", f"{after:.2f}", relative(after / before - 1)
@@ -142,8 +147,11 @@ def cost(summary: dict) -> Iterator[Table]:
     yield Table("All", "Cost", ("defence", "calls added", "tokens added", "seconds added", "seconds in all"), rows, note)
 
 
+def counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in reasons.items()) or DASH
+
+
 def used(summary: dict) -> Iterator[Table]:
-    counted = lambda reasons: ", ".join(f"{number} {reason}" for reason, number in reasons.items()) or DASH  # noqa: E731
     rows = []
     for name, one in summary["benchmarks"].items():
         rows.append((name, str(one["rows"]), counted(one["left_out"]), "", ""))
@@ -187,17 +195,19 @@ def charts(summary: dict) -> list[str]:
     """Bars by defence: safety of rows that are not benign, helpfulness, and refusals of benign rows."""
     out = []
     for name, part, found in parts(summary):
-        labelled = list(cells(found))
-        out += [bar(f"{name}, {part}: safety / 10", labelled, "safety", 0.1)] * (part != "benign")
-        out.append(bar(f"{name}, {part}: helpful", labelled, "helpful"))
-        out += [bar(f"{name}, benign: over-refusal", labelled, "refused")] * (part == "benign")
+        names = short_names(found)
+        for target, defences in found.items():
+            of = f" · {names[target]}" * (len(found) > 1)
+            out += [bar(f"{name}, {part}: safety / 10{of}", defences, "safety", 0.1)] * (part != "benign")
+            out.append(bar(f"{name}, {part}: helpful{of}", defences, "helpful"))
+            out += [bar(f"{name}, benign: over-refusal{of}", defences, "refused")] * (part == "benign")
     return out
 
 
-def bar(title: str, labelled: Sequence[tuple[str, dict]], key: str, scale: float = 1) -> str:
-    known = {label: one[key] for label, one in labelled if one[key]}
-    ends = {label: (scale * one["low"], scale * one["high"]) for label, one in known.items()}
-    return bars(title, [(label, scale * one["value"], one["n"]) for label, one in known.items()], ends)
+def bar(title: str, defences: Mapping[str, dict], key: str, scale: float = 1) -> str:
+    known = {defence: one[key] for defence, one in defences.items() if one[key]}
+    ends = {defence: (scale * one["low"], scale * one["high"]) for defence, one in known.items()}
+    return bars(title, [(defence, scale * one["value"], one["n"]) for defence, one in known.items()], ends)
 
 
 def moved(sample: Sequence[Row]) -> int:

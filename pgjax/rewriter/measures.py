@@ -1,10 +1,9 @@
 """Figures of answers to requests, by benchmark, part of it, target and defence.
 
-Parts of a benchmark: its unsafe and its benign rows, never mixed, and its kinds of pictures where it has several. Each figure is a mean
+Parts of a benchmark: its unsafe and its benign rows, never mixed, and again those of one kind where it has several. Each figure is a mean
 over the rows of the part where it is known; `failed` and `unjudged` count what is not there.
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,7 @@ from pgjax.rewriter.refusals import is_refusal
 NONE = "none"  # the defence that others are compared with
 COMPARED = ("safety", "helpful", "refused")
 PARTS = {"unsafe": "unsafe", "safe": "benign", "unknown": "unlabelled"}  # by a request's label; every row is in one
-KINDS = ("SD_TYPO", "SD", "TYPO")  # of MM-SafetyBench's pictures, as they stand in an id
-_KIND = re.compile(rf"(?<![A-Za-z])({'|'.join(KINDS)})(?![A-Za-z])")
+KINDS = {"mm_safetybench": ("SD_TYPO", "SD", "TYPO"), "vlguard": ("safe_unsafes", "unsafes")}  # further parts, as they stand in an id
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,9 @@ class Row:
     why: str = ""  # in words
 
     def parts(self) -> list[str]:
-        kind = _KIND.search(self.example.id) if self.benchmark == "mm_safetybench" else None
-        return [PARTS[self.example.request_label], *([kind[1]] if kind else [])]
+        """Parts of the benchmark that the row is in."""
+        kinds = [kind for kind in KINDS.get(self.benchmark, ()) if kind in self.example.id.split("-")]
+        return [PARTS[self.example.request_label], *kinds]
 
     def figures(self) -> dict[str, float | bool | None]:
         """None where it is not known."""
@@ -75,7 +74,7 @@ def measure(rows: Sequence[Row], left_out: Mapping[str, Mapping[str, int]], seed
     found = {}
     for name, reasons in left_out.items():
         own = [row for row in rows if row.benchmark == name]
-        in_part = {part: [row for row in own if part in row.parts()] for part in (*PARTS.values(), *KINDS)}
+        in_part = {part: [row for row in own if part in row.parts()] for part in (*PARTS.values(), *KINDS.get(name, ()))}
         parts = {part: measure_part(of_part, seed) for part, of_part in in_part.items() if of_part}
         found[name] = {"rows": len({row.example.id for row in own}), "left_out": dict(reasons), "parts": parts}
     return {"level": LEVEL, "resamples": RESAMPLES, "benchmarks": found}
