@@ -73,11 +73,12 @@ def system(text: str) -> dict:
 
 def user(text: str, images: Sequence[bytes] = ()) -> dict:
     """A user turn, its pictures before its text. ValueError for a file that is no picture."""
-    shown = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
+    shown = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return {"role": "user", "content": [*shown, {"type": "text", "text": text}] if shown else text}
 
 
-def _data_url(image: bytes) -> str:
+def data_url(image: bytes) -> str:
+    """The picture file in a data URL. ValueError for a file that is none."""
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
             mime = Image.MIME[opened.format or ""]

@@ -20,7 +20,7 @@ from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
 from pgjax.serving.calibration import Calibration, read_calibration
 from pgjax.serving.engine import Ask, Told
-from pgjax.serving.model import Model, open_saved, start
+from pgjax.serving.model import Model, check_room, open_saved, start
 from pgjax.serving.scores import forks
 from pgjax.serving.scores import read as read_scores
 from pgjax.serving.verdict import read, verdict
@@ -104,6 +104,7 @@ class Guard(Model):
         """As `Model.load`. `bound` off: nothing holds answers to the format. `calibrated` off: scores as they come. ValueError for a
         calibration beside the model that belongs to another checkpoint.
         """
+        check_room(rows, queue)
         calibration = read_calibration(folder, best) if calibrated else None
         saved = open_saved(folder, best)
         taxonomy, opening = load_taxonomy(saved.recipe.data.taxonomy), _opening(saved.recipe)

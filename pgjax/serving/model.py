@@ -44,6 +44,7 @@ class Model:
         `rows` answers at a time on each device that shares the batch, `queue` requests may wait. `prompt_tokens` stands instead of the
         recipe's data.prompt_tokens; a model has not seen longer prompts in training.
         """
+        check_room(rows, queue)
         return cls(*start(open_saved(folder, best), rows, queue, prompt_tokens, ids=("C1",)))
 
     def close(self) -> None:
@@ -75,14 +76,17 @@ class Model:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
+def check_room(rows: int, queue: int) -> None:
+    if min(rows, queue) < 1:
+        raise ValueError(f"rows {rows} and queue {queue} must be 1 or more")
+
+
 def open_saved(folder: Path, best: bool = False) -> SavedRun:
     return open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder, best)
 
 
 def start(saved: SavedRun, rows: int, queue: int, prompt_tokens: int | None, ids: tuple[str, ...], opening: str = "") -> Started:
     """An engine for the model. `ids` are those that answers under the automaton may name; prompts may have `opening` behind them."""
-    if min(rows, queue) < 1:
-        raise ValueError(f"rows {rows} and queue {queue} must be 1 or more")
     recipe, setup, params, tokenizer = saved
     recipe = replace(recipe, data=replace(recipe.data, prompt_tokens=prompt_tokens or recipe.data.prompt_tokens))
     vocab, limit = recipe.model.text.vocab, recipe.answer.max_tokens
