@@ -382,7 +382,8 @@ def test_failures_are_counted(world):
     [one] = (defences["none"] for defences in summary["benchmarks"]["vlguard"]["parts"]["unsafe"].values())
     assert one["n"] == 4 and one["failed"] == {"server": 1} and one["unjudged"] == {"no grade": 1}  # `learnt` among them
     assert one["safety"]["n"] == 2 and one["refused"]["n"] == 3
-    assert "1 of 6 answers are failed." in text and "1 of 6 answers are unjudged." in text
+    assert "1 of 6 answers are failed." in text and "1 of 6 answers are unjudged." in text and "answered 500 (server)" in text
+    assert set(summary["problems"]) == {"server", "no grade"}
     rows = [json.loads(line) for line in (world.out / "answers.jsonl").read_text().splitlines()]
     assert Counter((r["failed"], r["unjudged"]) for r in rows) == {(None, None): 4, ("server", None): 1, (None, "no grade"): 1}
     with toy_server(faults=lambda body, n: "rate") as server:
@@ -462,12 +463,14 @@ def test_the_command(world, capsys, tmp_path, monkeypatch):
         (["--benchmark", "vlguard", "--data", "{}/nowhere"], "nowhere is no folder"),
         (["--benchmark", "vlguard", "--defence", "prayer"], "invalid choice"),
         (["--benchmark", "vlguard", "--out", "{}/model"], "give another"),
+        (["--benchmark", "vlguard", "--rewriter", "{}/model"], "must hold a list of groups"),
     ],
 )
 def test_bad_input(world, tmp_path, capsys, monkeypatch, flags, says):
     monkeypatch.setenv("PGJAX_TEST_KEY", "k")
-    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "data").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "data" / "groups.json").write_text("[")
     sets = {"vlguard": toy_set(), "nothing": ["empty"], "twice": toy_set()[:1] * 2}
     monkeypatch.setattr(evaluate, "read_items", lambda name, root, taxonomy: iter(sets[name]))
     monkeypatch.setattr(evaluate, "jsonl_items", lambda path, taxonomy: iter(toy_set()[:5]))

@@ -39,7 +39,7 @@ async def ask(target: Endpoint, *messages: dict) -> Reply:
 
 def answered(reply: Reply, prompt: str, how: How | None = None, others: Sequence[Reply] = ()) -> Answered:
     tokens = [other.tokens for other in others]
-    added = None if None in tokens else sum(tokens)
+    added = None if None in tokens else sum(n or 0 for n in tokens)
     return Answered(reply.text, prompt, how, 1 + len(others), added, sum(r.seconds for r in (reply, *others)), reply.seconds)
 
 

@@ -128,7 +128,12 @@ def choose(name: str, read: Read, job: Job, taxonomy: Taxonomy) -> Set:
 def trained_on(rewriter: Path | None) -> frozenset[str]:
     """Groups of the rows that it was trained on, as its run folder lists them; none for a checkpoint without such a list."""
     file = rewriter and rewriter / "data" / "groups.json"
-    return frozenset(json.loads(file.read_text(encoding="utf-8"))) if file and file.is_file() else frozenset()
+    if not (file and file.is_file()):
+        return frozenset()
+    try:
+        return frozenset(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} must hold a list of groups, as JSON; copy the run folder again") from error
 
 
 def items(one: Set) -> Iterator[Item]:
@@ -147,7 +152,7 @@ async def answer(job: Job, sets: Mapping[str, Set]) -> tuple[list[Row], dict]:
         if twice := [name for name, number in Counter(target.name for target in targets).items() if number > 1]:
             raise ValueError(f"--target: two targets are called {twice[0]}")
         defences = {name: BASELINES[name] for name in job.chosen if name in BASELINES}
-        if REWRITER in job.chosen:
+        if job.rewriter and REWRITER in job.chosen:
             rewriter = stack.enter_context(Rewriter.load(job.rewriter))
             defences[REWRITER] = rewriting(rewriter, job.out / "cache" / "rewrites", fingerprint(job.rewriter))
         total = sum(len(one.ids) for one in sets.values()) * len(targets) * len(defences)

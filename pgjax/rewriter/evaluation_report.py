@@ -70,20 +70,15 @@ def tables(summary: dict) -> Iterator[Table]:
         note += f"safety in percent. In brackets: {100 * summary['level']:.0f}% bootstrap intervals, drawn by groups of rows. changed: the "
         note += "request went on in other words; fallback: as it was, for want of an output that can be taken."
         yield Table(name, f"{name}, scores", columns, rows, note)
-        rows = [
-            (
-                label,
-                *(change(entry, "safety", 1, 2), relative(entry["relative_safety"])),
-                change(entry, "helpful"),
-                change(entry, "refused"),
-            )
-            for label, entry in entries
-            if entry["difference"]
-        ]
-        if rows:
-            columns = ("rows: defence", "safety", "safety, relative", "helpful", "refused")
+        changes = []
+        for label, entry in entries:
+            if entry["difference"]:
+                safety = change(entry, "safety", 1, 2), relative(entry["relative_safety"])
+                changes.append((label, *safety, change(entry, "helpful"), change(entry, "refused")))
+        if changes:
+            head = ("rows: defence", "safety", "safety, relative", "helpful", "refused")
             note = "What a defence gives less what none gives, over the rows that have both; helpful and refused in percentage points."
-            yield Table(name, f"{name}, against none", columns, rows, note)
+            yield Table(name, f"{name}, against none", head, changes, note)
         for part, found in one["parts"].items():
             yield from beside(name, part, found)
     yield from refusals(summary)
@@ -106,8 +101,8 @@ def beside(name: str, part: str, found: Mapping[str, Mapping[str, dict]]) -> Ite
     if len(changes) > 1 and None not in changes:
         rows.append((f"mean of {len(changes)}", DASH, DASH, relative(sum(changes) / len(changes)), DASH, DASH))
     for model, before, helped, after, helps in theirs:
-        safety = f"{before:.2f}", f"{after:.2f}", relative(after / before - 1)
-        rows.append((f"{model}, published{UNVERIFIED * (not scores['verified'])}", *safety, f"{helped:.1f}", f"{helps:.1f}"))
+        figures = f"{before:.2f}", f"{after:.2f}", relative(after / before - 1), f"{helped:.1f}", f"{helps:.1f}"
+        rows.append((f"{model}, published{UNVERIFIED * (not scores['verified'])}", *figures))
     if name in mean["table"] and part == "unsafe":
         rows.append((f"mean of {mean['targets']}, published", DASH, DASH, relative(mean["table"][name] / 100), DASH, DASH))
     note = f"Safety 0 to 10, helpful in percent. Published: {scores['source']}. {PUBLISHED} {DAGGER}"
@@ -169,7 +164,8 @@ def remarks(summary: dict) -> list[str]:
     entries = [entry for _, part, found in parts(summary) if part in PARTS.values() for _, entry in cells(found)]
     missing = {kind: sum(sum(entry[kind].values()) for entry in entries) for kind in ("failed", "unjudged")}
     total = sum(entry["n"] for entry in entries)
-    return [f"{number} of {total} answers are {kind}." for kind, number in missing.items() if number]
+    lines = [f"{number} of {total} answers are {kind}." for kind, number in missing.items() if number]
+    return lines + [f"The first that is {kind}: {why}" for kind, why in summary["problems"].items()]
 
 
 def as_text(summary: dict) -> str:

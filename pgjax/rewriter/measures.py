@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -48,8 +49,8 @@ class Row:
         answered, grade = self.answered, self.grade
         how = answered and answered.how
         return {
-            "safety": grade and grade.safety,
-            "helpful": grade and grade.helpful,
+            "safety": grade.safety if grade else None,
+            "helpful": grade.helpful if grade else None,
             "refused": answered and is_refusal(answered.text),
             "changed": how and how == "changed",
             "fallback": how and how == "fallback",
@@ -65,19 +66,20 @@ class Row:
         lengths = self.answered and {"prompt_characters": len(self.answered.prompt), "answer_characters": len(self.answered.text)}
         names = {"id": self.example.id, "benchmark": self.benchmark, "group": self.example.group, "label": self.example.request_label}
         how = {"target": self.target, "defence": self.defence, "how": self.answered and self.answered.how}
-        return names | how | self.figures() | (lengths or {}) | problem
+        return names | how | self.figures() | (lengths or {}) | problem | {"why": self.why or None}
 
 
 def measure(rows: Sequence[Row], left_out: Mapping[str, Mapping[str, int]], seed: int = 0) -> dict:
-    """`level` and `resamples` of the intervals, and `benchmarks` by name: `rows` used, `left_out` by reason, and `parts` by name, target
-    and defence (see `measure_part`)."""
+    """`level` and `resamples` of the intervals, `problems`: the first reason of each kind, and `benchmarks` by name: `rows` used,
+    `left_out` by reason, and `parts` by name, target and defence (see `measure_part`)."""
     found = {}
     for name, reasons in left_out.items():
         own = [row for row in rows if row.benchmark == name]
         in_part = {part: [row for row in own if part in row.parts()] for part in (*PARTS.values(), *KINDS.get(name, ()))}
         parts = {part: measure_part(of_part, seed) for part, of_part in in_part.items() if of_part}
         found[name] = {"rows": len({row.example.id for row in own}), "left_out": dict(reasons), "parts": parts}
-    return {"level": LEVEL, "resamples": RESAMPLES, "benchmarks": found}
+    problems = {row.problem: row.why for row in reversed(rows) if row.problem}
+    return {"level": LEVEL, "resamples": RESAMPLES, "problems": problems, "benchmarks": found}
 
 
 def measure_part(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, dict]]:
@@ -113,7 +115,7 @@ def measure_part(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, dict
     found: dict[str, dict[str, dict]] = {}
     for k, (target, defence) in enumerate(keys):
         own = [by[target, defence, id] for id in group_of]
-        entry = {
+        entry: dict[str, Any] = {
             "n": len(own),
             "failed": dict(Counter(row.problem for row in own if row.answered is None)),
             "unjudged": dict(Counter(row.problem for row in own if row.answered and row.grade is None)),
