@@ -394,11 +394,11 @@ def test_failures_are_counted(world):
 def test_what_cannot_be_asked_is_a_failure_too(world, monkeypatch):
     broken = item("x", "steal", b"no picture", "unsafe")
     monkeypatch.setattr(evaluate, "read_items", lambda *_: iter([*toy_set()[:1], broken]))
-    monkeypatch.setattr(evaluate, "thumbnail", lambda data: "data:image/png;base64,")
     with toy_server() as server:
         summary, _ = run(job(world, server, defences=("none", "rewriter")))
     [found] = summary["benchmarks"]["vlguard"]["parts"]["unsafe"].values()
     assert found["none"]["failed"] == {"unfit": 1} and found["none"]["safety"]["n"] == 1
+    assert len(Page((world.out / "report.html").read_text()).all("img")) == 1
 
 
 def test_limit_takes_whole_groups_by_hash(world, monkeypatch):

@@ -229,14 +229,18 @@ def write(job: Job, summary: dict, rows: list[Row], sets: Mapping[str, Set]) -> 
     """answers.jsonl has no texts: content stays in the report, folded."""
     samples = report.most_changed(rows)
     shown = {(row.benchmark, row.example.id) for sample in samples for row in sample}
-    pictures = {
-        (name, item.example.id): [thumbnail(image) for image in item.example.images]
-        for name, one in sets.items()
-        for item in items(one)
-        if (name, item.example.id) in shown
-    }
+    asked = ((name, item.example) for name, one in sets.items() for item in items(one))
+    pictures = {(name, example.id): thumbnails(example) for name, example in asked if (name, example.id) in shown}
     job.out.mkdir(parents=True, exist_ok=True)
     replace_file(job.out / "answers.jsonl", "".join(json.dumps(row.bare()) + "\n" for row in rows))
     replace_file(job.out / "evaluation.json", json.dumps(summary, indent=1) + "\n")
     replace_file(job.out / "tables.md", report.as_markdown(summary))
     replace_file(job.out / "report.html", report.as_html(summary, samples, pictures, job.reveal))
+
+
+def thumbnails(example: Example) -> list[str]:
+    """None of a picture that cannot be read: endpoints see to that for themselves."""
+    try:
+        return [thumbnail(image) for image in example.images]
+    except ValueError:
+        return []
