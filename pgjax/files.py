@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ def read_json(file: Path) -> dict:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    aside = path.with_name(path.name + ".part")
+    """A reader sees the old file or the new one, never half of it, however many write it at a time."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
