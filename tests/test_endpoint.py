@@ -480,6 +480,7 @@ def test_this_machine():
         ("vault@http://127.0.0.1/v1#NO_SUCH_KEY", "the environment variable NO_SUCH_KEY has no key; set it"),
         ("vault@http://127.0.0.1/v1#ODD_KEY", "the environment variable ODD_KEY has no key; set it"),
         ("/no/such/folder", "/no/such/folder: no such folder; give a run folder"),
+        ("vault@http://127.0.0.1/v1?", "may have no user, password or query"),
         ("vault@127.0.0.1", "no such folder"),
     ],
 )
@@ -502,7 +503,7 @@ def test_a_model_in_this_process(tmp_path):
     run, cache = make_run(tmp_path / "run"), tmp_path / "cache"
     said = [system("Be brief."), user(ASKED)]
 
-    async def asks() -> tuple[list[Reply], Counter[str]]:
+    async def asks(run: Path) -> tuple[list[Reply], Counter[str]]:
         async with open_endpoint(str(run), QUICKLY, cache) as endpoint:
             assert endpoint.here and endpoint.name == str(run)
             pictures = [draw(code, "unsafe", 56, 56, 5) for code in ("C8S1", "C1S1")]
@@ -520,21 +521,21 @@ def test_a_model_in_this_process(tmp_path):
             assert "brass" not in str(error.value)
             return replies, endpoint.counts
 
-    def opened() -> tuple[list[Reply], Counter[str]]:
+    def opened(run: Path) -> tuple[list[Reply], Counter[str]]:
         with (
             mock.patch("pgjax.train.saved.make_mesh", one_device),
             mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)),
         ):
-            return asyncio.run(asks())
+            return asyncio.run(asks(run))
 
-    (whole, one, other, *drawn), counts = opened()
+    (whole, one, other, *drawn), counts = opened(run)
     assert counts == {"calls": 9, "failed:refused": 4}
     tokenizer = materials().tokenizer
     read = chat_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": ASKED}], tokenizer)
     assert whole.prompt_tokens == len(tokenizer(read)["input_ids"]) and 0 < whole.tokens <= 32 and "<|im_end|>" not in whole.text
     assert one.text != other.text and one.prompt_tokens == other.prompt_tokens
     assert drawn[0].text != drawn[1].text and all(reply.tokens <= 5 for reply in drawn)
-    again, counts = opened()
+    again, counts = opened(run.rename(tmp_path / "moved"))  # the weights count, not their place
     assert [reply._replace(cached=False) for reply in again] == [whole, one, other, *drawn]
     assert counts == {"cached": 5, "calls": 4, "failed:refused": 4}
 

@@ -65,7 +65,7 @@ def parse(spec: str) -> Address:
     if not (found and url and url.host and (url.port or 0) < 2**16):
         raise ValueError(f"an endpoint's URL cannot be read: {_FORM}")
     model, variable = found["model"], found["variable"]
-    if url.userinfo or url.query:
+    if url.userinfo or "?" in found["url"]:
         raise ValueError(f"endpoint {model}@{url.host}: its URL may have no user, password or query; {_FORM}")
     key = os.environ.get(variable, "").strip() if variable else ""
     if variable and not (key and key.isascii() and key.isprintable()):
