@@ -120,7 +120,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--defence", nargs="+", choices=defences, default=(), help="default all, rewriter where there is one")
     sub.add_argument("--data", help="folder of the sets; default $PGJAX_DATA")
     sub.add_argument("--limit", type=int, help="at most so many rows of a set, whole groups by a hash of their name; default all")
-    sub.add_argument("--out", required=True, help="folder for evaluation.json, answers.jsonl, tables.md, report.html and cache/; goes on")
+    sub.add_argument(
+        "--out", required=True, help="folder for evaluation.json, tables.md, report.html, answers.jsonl; goes on where it was killed"
+    )
     sub.add_argument("--allow-remote", action="store_true", help="content may be sent to other machines")
     sub.add_argument("--concurrency", type=int, default=8, help="calls of an endpoint at a time")
     sub.add_argument("--per-minute", type=int, default=0, help="calls of an endpoint; 0: no limit")
