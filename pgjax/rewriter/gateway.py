@@ -97,7 +97,7 @@ class Gateway(Desk):
 
     async def rewritten(self, request: Request, said: Sequence[tuple[str, Sequence[bytes]]], deadline: float) -> list[Rewritten]:
         """Each of these texts with its pictures; they wait side by side."""
-        keys, began = [_digest(*one) for one in said], time.monotonic()
+        began, keys = time.monotonic(), [await self.thread(partial(_digest, *one)) for one in said]
         new = {key: one for key, one in zip(keys, said, strict=True) if key not in self.recent}
         found = {key: self.recent[key]._replace(tokens=0) for key in keys if key not in new}
         async with self.until(deadline):
@@ -116,25 +116,30 @@ class Gateway(Desk):
 
     async def on_their_way(self, request: Request, messages: Any, deadline: float, done: Done) -> tuple[list[dict], Turn]:
         """The messages that the target gets, and the last turn as it gets it."""
-        turns, limits = user_turns(messages), self.serving.limits
-        within(Said("\n".join(turn.text for turn in turns), urls=tuple(url for turn in turns for url in turn.own)), limits)
-        urls = list(dict.fromkeys(url for turn in turns for url in turn.own))
-        async with self.until(deadline):
-            files = dict(zip(urls, await self.images(urls), strict=True))
-            # A host might give the target another picture than was looked at here: it gets the file.
-            shown = {url: await self.thread(partial(data_url, file)) for url, file in files.items() if not url[:5].lower() == "data:"}
-        saying, made, began = [turn for turn in turns if turn.says], [], time.monotonic()
-        for k in range(0, len(saying), self.model.engine.queue):  # which would never take more at once
-            some = [(turn.text, [files[url] for url in turn.urls]) for turn in saying[k : k + self.model.engine.queue]]
+        turns = user_turns(messages)
+        said = [turn for turn in turns if turn.says]
+        files, shown = await self.looked_at(turns, deadline)
+        began, most, made = time.monotonic(), self.model.engine.queue, []
+        for k in range(0, len(said), most):  # more at once would never be taken
+            some = [(turn.text, [files[url] for url in turn.urls]) for turn in said[k : k + most]]
             made += await self.rewritten(request, some, deadline)
         done.rewrite = max((one.how for one in made), key=STRENGTH.index, default="unchanged")
         done.tokens, done.seconds = sum(one.tokens for one in made), time.monotonic() - began
         if done.rewrite == "fallback" and not self.serving.how.fail_open:
             raise Refused(502, "not_rewritten", "the request could not be rewritten and was not sent on; say it in other words")
-        prompts = {turn.n: one.prompt for turn, one in zip(saying, made, strict=True) if one.how == "changed"}
+        prompts = {turn.n: one.prompt for turn, one in zip(said, made, strict=True) if one.how == "changed"}
         last = turns[-1]
         sent = last._replace(text=prompts.get(last.n, last.text), urls=tuple(shown.get(url, url) for url in last.urls))
         return exchanged(messages, prompts, shown), sent
+
+    async def looked_at(self, turns: Sequence[Turn], deadline: float) -> tuple[dict[str, bytes], dict[str, str]]:
+        """By URL, the pictures' files; and of those that were fetched the URLs that the target gets: a host might give it another file."""
+        urls = tuple(url for turn in turns for url in turn.own)
+        within(Said("\n".join(turn.text for turn in turns), urls=urls), self.serving.limits)
+        async with self.until(deadline):
+            files = {url: (await self.images([url]))[0] for url in dict.fromkeys(urls)}
+            fetched = {url: file for url, file in files.items() if url[:5].lower() != "data:"}
+            return files, {url: await self.thread(partial(data_url, file)) for url, file in fetched.items()}
 
     # --- judging ---------------------------------------------------------------------------------------------------------------------
 
@@ -219,10 +224,11 @@ async def _completed(gateway: Gateway, request: Request, done: Done) -> Response
     if await gateway.flags(request, messages, turn, [None], deadline):
         return stopped(body)
     done.guard = "passed" if held else "off"
-    response, answer = await gateway.asked(request, path, _written(body | {"messages": messages}), deadline, held)
+    sent = await gateway.thread(partial(_written, body | {"messages": messages}))
+    response, answer = await gateway.asked(request, path, sent, deadline, held)
     if held and response.is_success:
         done.guard = "response"
-        texts = [text for text in upstream.said(response, answer) if text]
+        texts = [text for text in await gateway.thread(partial(upstream.said, response, answer)) if text]
         try:
             if await gateway.flags(request, messages, turn, texts, deadline):
                 return stopped(body)
@@ -262,7 +268,7 @@ async def _handed_back(gateway: Gateway, response: httpx2.Response, data: bytes,
         stream = gateway.passed_on(response, deadline)
         return StreamingResponse(stream, status, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}, background=left)
     try:
-        json.loads(data)
+        await gateway.texts.run(json.loads, data)
     except (ValueError, RecursionError):
         status = status if status >= 400 else 502
         raise Refused(status, "upstream_failed", f"the model's server answered {response.status_code}, and no JSON") from None

@@ -115,7 +115,7 @@ def ends(line: bytes) -> bool:
 
 def _streamed(data: bytes) -> list[dict]:
     """The choices in a stream's events."""
-    lines = [line for line in _LINE.split(data.decode()) if line.startswith("data:")]
+    lines = [line for line in _LINE.split(data.decode("utf-8-sig")) if line.startswith("data:")]
     if not any(ends(line.encode()) for line in lines):
         raise broken_off()
     return [choice for line in lines if not ends(line.encode()) for choice in json.loads(line[5:]).get("choices", ())]
