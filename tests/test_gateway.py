@@ -642,6 +642,7 @@ TO = ["--upstream", "http://127.0.0.1:9/v1"]
         (["--rewriter", "gone", "--upstream", "127.0.0.1:9/v1"], "http(s)://HOST/v1"),
         (["--rewriter", "gone", "--upstream", "http://me:word@127.0.0.1/v1"], "http(s)://HOST/v1"),
         (["--rewriter", "gone", "--upstream", "http://[::1/v1"], "http(s)://HOST/v1"),
+        (["--rewriter", "gone", "--upstream", "http://127.0.0.1:9/v1?"], "http(s)://HOST/v1"),
         (["--rewriter", "gone", "--upstream", "http://127.0.0.1:9"], "http(s)://HOST/v1"),
         (["--rewriter", "gone", *TO, "--upstream-key-file", "none.key"], "--upstream-key-file none.key"),
         (["--rewriter", "gone", *TO, "--bypass-key-file", "none.key"], "--bypass-key-file none.key"),

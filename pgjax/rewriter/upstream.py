@@ -24,7 +24,7 @@ def checked_url(url: str, allow_remote: bool) -> str:
     except httpx2.InvalidURL:
         parts = httpx2.URL("")
     whole = parts.scheme in ("http", "https") and parts.host and parts.path.rstrip("/").endswith("/v1")
-    if not whole or parts.userinfo or parts.query or parts.fragment:
+    if not whole or set("@?#") & set(url):
         raise ValueError("--upstream must be http(s)://HOST/v1, without user, password and query; a key goes to --upstream-key-file")
     if not (allow_remote or is_loopback(parts.raw_host.decode())):
         raise ValueError(f"--upstream {parts.host}: requests would leave this machine; say --allow-remote")
