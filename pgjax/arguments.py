@@ -32,10 +32,10 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
 
-    def guarding(name: str, text: str) -> argparse.ArgumentParser:
+    def guarding(name: str, text: str, needed: bool = True) -> argparse.ArgumentParser:
         """A command that runs a guard."""
         sub = command(name, text)
-        sub.add_argument("--model", required=True, help="run folder, or Hugging Face checkpoint directory")
+        sub.add_argument("--model", required=needed, help="run folder, or Hugging Face checkpoint directory")
         sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
         sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time, on each device that shares the batch")
         sub.add_argument("--prompt-tokens", type=int, help="longest prompt, instead of the one that the model was trained with")
@@ -82,7 +82,12 @@ def parser() -> argparse.ArgumentParser:
     listing(sub)
     sub.add_argument("--max-fpr", type=float, help="the lowest threshold that flags at most this share of safe ones; default: largest F1")
     sub.add_argument("--report", help="where the page goes; default calibration.html beside the model")
-    sub = guarding("serve", "the guard behind HTTP, in the shapes of OpenAI's API; docs/serving.md")
+    sub = guarding("serve", "the guard, or a rewriter before another server, behind HTTP in OpenAI's shapes; docs/serving.md", False)
+    sub.add_argument("--rewriter", help="folder of a rewriter: be a gateway to --upstream, with --model as its guard where that is given")
+    sub.add_argument("--upstream", metavar="URL", help="OpenAI-compatible server that the gateway sends to, http(s)://HOST/v1")
+    sub.add_argument("--upstream-key-file", help="file with the key for it; default the variable PGJAX_UPSTREAM_KEY, else none")
+    sub.add_argument("--bypass-key-file", help="file with a key that lets requests pass as they are (header X-Pgjax-Bypass); default none")
+    sub.add_argument("--allow-remote", action="store_true", help="--upstream may be another machine: requests leave this one")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's own needs a key")
     sub.add_argument("--port", type=int, default=8000, help="0: a free one, which is printed")
     sub.add_argument("--name", help="of the model, for clients; default the folder's")

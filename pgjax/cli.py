@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +186,11 @@ def calibrate(args: argparse.Namespace, rest: list[str]) -> None:
 
 def serve(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
-    key = read_key(args.api_key_file)
+    key = read_key("--api-key-file", args.api_key_file, "PGJAX_API_KEY")
     if args.host not in ("127.0.0.1", "localhost", "::1") and key is None and not args.no_key:
         raise ValueError(f"--host {args.host} lets other machines in: give --api-key-file or PGJAX_API_KEY, or say --no-key")
     start_jax(0)
+    target, bypass = gateway_of(args)
     from pgjax.serving.guard import Guard
     from pgjax.serving.requests import Limits
     from pgjax.serving.server import listen, run
@@ -196,25 +198,47 @@ def serve(args: argparse.Namespace, rest: list[str]) -> None:
 
     sizes = (args.max_body << 20, args.max_bodies << 20, args.max_images, args.max_megapixels << 20)
     limits = Limits(*sizes, args.max_text, args.max_policy, args.max_inputs, args.timeout)
-    name, hosts = args.name or Path(args.model).resolve().name, frozenset(host.lower() for host in args.allow_image_host)
+    name, hosts = args.name or Path(args.model or args.rewriter).resolve().name, frozenset(host.lower() for host in args.allow_image_host)
     serving = Serving(name, judging(args), read_policy(args.policy), tuple(args.categories), limits, key, hosts, args.drain)
-    with (
-        listen(args.host, args.port) as sock,
-        Guard.load(Path(args.model), queue=args.queue, **loading(args)) as guard,
-    ):
-        run(Service(guard, serving), sock)
+    with ExitStack() as opened:
+        sock = opened.enter_context(listen(args.host, args.port))
+        guard = args.model and opened.enter_context(Guard.load(Path(args.model), queue=args.queue, **loading(args)))
+        if not args.rewriter:
+            return run(Service(guard, serving), sock)
+        from pgjax.rewriter.gateway import ENDPOINTS, Gateway
+        from pgjax.rewriter.rewriter import Rewriter
+
+        own = {name: value for name, value in loading(args).items() if name != "bound"}
+        rewriter = opened.enter_context(Rewriter.load(Path(args.rewriter), queue=args.queue, **own))
+        run(Gateway(rewriter, serving, target, bypass, guard), sock, ENDPOINTS)
 
 
-def read_key(file: str | None) -> str | None:
-    """The API key from a file, or else from the environment."""
+def gateway_of(args: argparse.Namespace) -> tuple[Any, str | None]:
+    """The server behind the gateway, and the key for passing it by."""
+    if not args.rewriter:
+        if not args.model:
+            raise ValueError("serve needs --model, a guard's folder, or --rewriter and --upstream")
+        if args.upstream or args.upstream_key_file or args.bypass_key_file or args.allow_remote:
+            raise ValueError("--upstream, --upstream-key-file, --bypass-key-file and --allow-remote are for a gateway; give --rewriter too")
+        return None, None
+    if not args.upstream:
+        raise ValueError("--rewriter needs --upstream, the URL of the server that answers the rewritten requests")
+    from pgjax.rewriter.upstream import Upstream, checked_url
+
+    url, bypass = checked_url(args.upstream, args.allow_remote), read_key("--bypass-key-file", args.bypass_key_file)
+    return Upstream(url, read_key("--upstream-key-file", args.upstream_key_file, "PGJAX_UPSTREAM_KEY")), bypass
+
+
+def read_key(flag: str, file: str | None, variable: str | None = None) -> str | None:
+    """A key from a file, or else from the environment."""
     if file is None:
-        return os.environ.get("PGJAX_API_KEY") or None
+        return os.environ.get(variable or "") or None
     try:
         key = Path(file).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--api-key-file {file} cannot be read as ASCII text: {getattr(error, 'strerror', None) or error}") from error
+        raise ValueError(f"{flag} {file} cannot be read as ASCII text: {getattr(error, 'strerror', None) or error}") from error
     if not key or any(character.isspace() for character in key):
-        raise ValueError(f"--api-key-file {file} must hold one word, the key")
+        raise ValueError(f"{flag} {file} must hold one word, the key")
     return key
 
 

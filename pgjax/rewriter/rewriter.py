@@ -16,13 +16,11 @@ from pgjax.serving.model import Model
 
 GROWTH, ROOM = 4, 400  # a prompt of more than so many times the request's characters and so many more is no rewrite of it
 
-Rewriting = Literal["changed", "unchanged", "fallback"]
-
 
 class Rewritten(NamedTuple):
     prompt: str  # what to send on: where nothing was changed, and where it is a fallback, the request as it came
     report: Report | None  # written by a model that has read a stranger's text: untrusted, as the prompt is
-    how: Rewriting  # fallback: the answer cannot be taken as a rewrite
+    how: Literal["changed", "unchanged", "fallback"]  # the last: the answer cannot be taken as a rewrite
     tokens: int  # of the answer
     seconds: float
 
