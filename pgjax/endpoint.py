@@ -91,8 +91,8 @@ class Endpoint:
     """One model that answers chats. `send` makes one call and raises Failed; its payload has OpenAI's keys messages, max_tokens,
     temperature and, where something is drawn, seed.
 
-    Asks of equal content get one answer: the next finds it in the folder `cache`, under a name made from `identity` and all that is
-    asked, also when another process asks. `counts`: calls, cached, retries:KIND, failed:KIND.
+    With a folder `cache`, asks of equal content get one answer, at once or later and in whatever process: it is kept under a name made
+    from `identity` and all that is asked. `counts`: calls, cached, retries:KIND, failed:KIND.
     """
 
     name: str  # for reports
@@ -125,19 +125,18 @@ class Endpoint:
             return reply
 
     async def _tried(self, payload: dict, chance: random.Random) -> Reply:
-        for n in range(self.limits.tries):
+        tries = 0
+        while True:
+            tries += 1
             try:
                 return await self._call(payload)
             except Failed as error:
-                if error.kind == "refused" or n + 1 == self.limits.tries:
+                if error.kind == "refused" or tries == self.limits.tries:
                     self.counts[f"failed:{error.kind}"] += 1
-                    raise Failed(error.kind, f"{self.name}: {error} ({error.kind}), tries: {n + 1}") from None
+                    raise Failed(error.kind, f"{self.name}: {error} ({error.kind}), tries: {tries}") from None
                 self.counts[f"retries:{error.kind}"] += 1
-                if error.wait:  # all who ask here wait
-                    self._next = max(self._next, monotonic() + error.wait)
-                else:
-                    await sleep(min(self.limits.backoff * 2**n, LONGEST_WAIT) * chance.uniform(0.5, 1.0))
-        raise AssertionError("the last try returns or raises")
+                if not error.wait:
+                    await sleep(min(self.limits.backoff * 2 ** (tries - 1), LONGEST_WAIT) * chance.uniform(0.5, 1.0))
 
     async def _call(self, payload: dict) -> Reply:
         async with self._slots:
@@ -149,6 +148,9 @@ class Endpoint:
                     reply = await self.send(payload)
             except TimeoutError:
                 raise Failed("timeout", f"no answer in {self.limits.timeout:g} s") from None
+            except Failed as error:
+                self._next = max(self._next, monotonic() + error.wait)  # all who ask here wait
+                raise
             return reply._replace(seconds=monotonic() - start)
 
     async def _turn(self) -> None:
@@ -262,6 +264,6 @@ def _seconds(retry_after: str) -> float:
     """Seconds from now, of a header that has seconds or a date; 0 where it has neither."""
     try:
         wait = float(retry_after) if retry_after[:1].isdigit() else parsedate_to_datetime(retry_after).timestamp() - time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     return min(max(wait, 0.0), LONGEST_WAIT)

@@ -62,7 +62,7 @@ def parse(spec: str) -> Address:
         url = httpx2.URL(found["url"]) if found else None  # read by those who will connect to it
     except httpx2.InvalidURL:
         url = None
-    if not (found and url and url.host):
+    if not (found and url and url.host and (url.port or 0) < 2**16):
         raise ValueError(f"an endpoint's URL cannot be read: {_FORM}")
     model, variable = found["model"], found["variable"]
     if url.userinfo or url.query:
@@ -94,6 +94,8 @@ async def in_process(folder: Path, limits: Limits, cache: Path | None) -> AsyncI
             ask = await asyncio.to_thread(to_ask, model, payload)
             try:
                 [told] = await asyncio.wrap_future(model.engine.submit(ask))
+            except ValueError as error:
+                raise Failed("refused", str(error)) from None
             except Exception as error:  # whatever a program may raise
                 raise Failed("server", f"the model failed: {type(error).__name__}") from None
             return Reply(model.text(told.tokens), int(ask.prompt.length_P[0]), len(told.tokens), 0.0)
