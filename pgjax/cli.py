@@ -59,6 +59,20 @@ def demo(args: argparse.Namespace, rest: list[str]) -> None:
     demo(recipe, Path(args.runs) / recipe.name)
 
 
+def synthesize(args: argparse.Namespace, rest: list[str]) -> None:
+    from pgjax.recipes import load_config, override
+    from pgjax.rewriter.config import Synthesis, validate
+
+    config = validate(override(load_config(args.config, Synthesis), rest))
+    start_jax(0)
+    import asyncio
+
+    from pgjax.rewriter.synthesis import summary, synthesize
+
+    print(summary(asyncio.run(synthesize(config, args.allow_remote))))
+    print(f"data: {config.folder}")
+
+
 def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
     from pgjax.data.images import read_image
@@ -282,7 +296,9 @@ def no_more(rest: list[str]) -> None:
         raise ValueError(f"unknown argument {rest[0]!r}; see --help")
 
 
-COMMANDS = {run.__name__: run for run in (train, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, report)}
+COMMANDS = {
+    run.__name__: run for run in (train, demo, synthesize, moderate, evaluate, calibrate, serve, score, export, reward, bank, report)
+}
 
 
 def main(argv: list[str] | None = None) -> int:
