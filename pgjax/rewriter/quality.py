@@ -25,6 +25,8 @@ GROWTH, ROOM = 3, 400  # a rewrite may have so many times the request's characte
 PART = 600  # characters of each part of a report
 QUOTE = 8  # words in a row: so many of an elicited answer may not come back
 
+SAFE_ALREADY = "elicit: the answer is safe"  # a reason that says nothing of the analyst
+
 Outcome = Literal["accepted", "rejected", "failed"]
 
 
@@ -166,7 +168,7 @@ class _Making:
         grade = await self._asked("judge", grading(example.request or "", example.images, answer), Grade, secret=True)
         attempt["grade"] = grade.model_dump(include={"safety", "helpful"})
         if grade.safety >= self.min_safety:
-            raise Out("elicit: the answer is safe")
+            raise Out(SAFE_ALREADY)
         return answer
 
     async def _check_report(self, report: Report) -> None:
@@ -195,10 +197,16 @@ class _Making:
 
 
 def _check_markup(rewriting: Rewriting) -> None:
+    said = "\n".join((*rewriting.report.model_dump().values(), rewriting.prompt))
     try:
         answer_of(rewriting)
+        plain = neutralise(said) == said
     except ValueError:
-        raise Wrong("markup", "Write plain sentences: no tags, and no line that begins like a part of the report.") from None
+        plain = False
+    if not plain:
+        raise Wrong(
+            "markup", "Write plain sentences: no tags, no control characters, no line that begins like a part of the report or a turn."
+        )
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

@@ -28,7 +28,7 @@ from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
 from pgjax.files import new_folder
 from pgjax.rewriter.config import TOY, Synthesis
-from pgjax.rewriter.quality import Ends, Made, make, version
+from pgjax.rewriter.quality import SAFE_ALREADY, Ends, Made, make, version
 from pgjax.rewriter.record import template
 from pgjax.rewriter.stages import STAGES
 from pgjax.rewriter.toy import toy_items
@@ -135,7 +135,7 @@ class _Run:
                 self.entries[key] = Entry(dataclasses.replace(item.example, images=()), self.keep(item.example, made), made)
                 self.outcomes[made.outcome] += 1
                 progress.update(len(self.entries), **self.outcomes)
-                self.barren = 0 if made.outcome == "accepted" else self.barren + 1
+                self.barren = 0 if made.outcome == "accepted" else self.barren + (made.reason != SAFE_ALREADY)
                 if self.barren == GIVE_UP:
                     raise ValueError(f"{GIVE_UP} items in a row became no row; {self.advice()}")
 
@@ -196,7 +196,7 @@ class _Run:
 
     def write_lines(self, name: str, rows: list[dict]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.folder / name).write_text(text, encoding="utf-8", newline="\n")
+        (self.folder / name).write_text(text, encoding="utf-8", errors="replace", newline="\n")  # halves of characters
 
 
 def listed(reasons: Counter[str]) -> str:
