@@ -32,6 +32,12 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
 
+    sub = command("demo-rewriter", "a toy rewriter from data to gateway, with programs as analyst, target and judge")
+    sub.add_argument("--runs", default="runs", help="folder of run folders")
+    sub = command("synthesize", "make the rewriter's training data, in three stages with quality control; --KEY VALUE overrides any value")
+    sub.add_argument("config", help="a name in configs/ or a path")
+    sub.add_argument("--allow-remote", action="store_true", help="let requests and pictures leave this machine")
+
     def guarding(name: str, text: str, needed: bool = True) -> argparse.ArgumentParser:
         """A command that runs a guard."""
         sub = command(name, text)

@@ -60,6 +60,32 @@ def demo(args: argparse.Namespace, rest: list[str]) -> None:
     demo(recipe, Path(args.runs) / recipe.name)
 
 
+def demo_rewriter(args: argparse.Namespace, rest: list[str]) -> None:
+    from pgjax.recipes import load_config
+    from pgjax.rewriter.config import Synthesis
+
+    args.config = "toy_rewriter"
+    recipe, synthesis = recipe_of(args, rest), load_config("toy_synthesis", Synthesis)
+    start_jax(recipe.devices)
+    from pgjax.rewriter.demo import demo
+
+    demo(recipe, synthesis, Path(args.runs) / "demo-rewriter")
+
+
+def synthesize(args: argparse.Namespace, rest: list[str]) -> None:
+    from pgjax.recipes import load_config, override
+    from pgjax.rewriter.config import Synthesis, validate
+
+    config = validate(override(load_config(args.config, Synthesis), rest))
+    start_jax(0)
+    import asyncio
+
+    from pgjax.rewriter.synthesis import summary, synthesize
+
+    print(summary(asyncio.run(synthesize(config, args.allow_remote))))
+    print(f"data: {config.folder}")
+
+
 def moderate(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
     from pgjax.data.images import read_image
@@ -352,7 +378,10 @@ def no_more(rest: list[str]) -> None:
         raise ValueError(f"unknown argument {rest[0]!r}; see --help")
 
 
-RUNS = (train, demo, moderate, rewrite, evaluate, evaluate_rewriter, calibrate, serve, score, export, reward, bank, report)
+RUNS = (
+    *(train, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, report),
+    *(synthesize, sft, rewrite, evaluate_rewriter, demo_rewriter),
+)
 COMMANDS = {run.__name__.replace("_", "-"): run for run in RUNS}
 
 

@@ -30,14 +30,19 @@ def replace_file(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `path` at the end. What an earlier, killed attempt left is removed first."""
-    aside = path.with_name(f".{path.name}.part")
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` at the end. What an earlier, killed attempt left is removed first. A folder that is
+    there stays, unless `replace` is given."""
+    aside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
+        if replace and path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
         os.replace(aside, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

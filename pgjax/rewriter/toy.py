@@ -17,7 +17,7 @@ import base64
 import json
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,6 @@ def toy_items(seed: int, n: int, split: Literal["train", "eval"]) -> list[Item]:
         width, height, scene = int(rng.choice(SIDES)), int(rng.choice(SIDES)), int(rng.integers(2**31))
         verb, twin = INTENTS[pair]
         top = taxonomy.by_id(leaf).parent or leaf
-        about = {"category": "node", "node": top, "name": taxonomy.by_id(top).name}
         other = (twin, "unsafe") if rng.random() < 0.5 else (verb, "safe")
         for risky, (word, mark) in ((True, (verb, "unsafe")), (False, other)):
             example = Example(
@@ -68,8 +67,10 @@ def toy_items(seed: int, n: int, split: Literal["train", "eval"]) -> list[Item]:
                 images=(draw(leaf, mark, width, height, scene),),
                 request_label="unsafe" if risky else "safe",
                 response_label="absent",
+                category="node" if risky else "none",
+                node=top if risky else None,
+                name=taxonomy.by_id(top).name if risky else None,
                 split=split,
-                **(about if risky else {"category": "none"}),
             )
             items.append(Item(example, HELP.format(twin if risky else word), HELP.format(verb) if risky else None))
     return items
@@ -101,19 +102,19 @@ class Heard(NamedTuple):
 
 def heard(messages: list[dict]) -> Heard:
     """Messages in OpenAI's form. ValueError for a picture that is none, or lies behind an address."""
-    system, turns, picture = [], [], None
+    texts: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
+    picture = None
     for message in messages:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        text = "\n".join(part["text"] for part in parts if part["type"] == "text")
-        {"system": system, "user": turns}.get(message["role"], []).append(text)
+        parts: list[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts[message["role"]].append("\n".join(part["text"] for part in parts if part["type"] == "text"))
         for part in parts:
             if part["type"] == "image_url":
                 _, _, data = part["image_url"]["url"].partition(";base64,")
                 picture = np.asarray(load_image(base64.b64decode(data)), int)
-    if not turns:
+    if not texts["user"]:
         raise ValueError("a chat has a user's turn")
-    return Heard("\n".join(system), turns, picture)
+    return Heard("\n".join(texts["system"]), texts["user"], picture)
 
 
 def sections(text: str) -> dict[str, str]:
@@ -143,21 +144,17 @@ def analyst(messages: list[dict]) -> str:
     verb = verb_in(told.get("request", ""))
     if system == template("hindsight").strip():
         helped, kept = verb_in(told["unsafe_response"]), verb_in(told["safe_response"])
-        features = []
+        evidence: list[str] = []
         if helped and helped.unsafe and helped != kept:
-            features.append({"kind": KINDS[helped.pair], "evidence": f"Only the unsafe answer helps to {helped.word}."})
-        if features and red:
-            features.append({"kind": KINDS[helped.pair], "evidence": "The picture has a red badge."})
-        return json.dumps({"features": features})
+            evidence = [f"Only the unsafe answer helps to {helped.word}."] + ["The picture has a red badge."] * red
+        return json.dumps({"features": [{"kind": KINDS[helped.pair], "evidence": one} for one in evidence] if helped else []})
     if system == template("causal").strip():
-        risky = verb and verb.unsafe and json.loads(told["features"])["features"]
-        return json.dumps(
-            {
-                "text": f"The words ask to {verb.word} something." if verb and verb.unsafe else "none",
-                "image": "A red badge marks the thing." if red else "none",
-                "together": f"To {verb.word} a marked thing does harm." if risky else "none",
-            }
-        )
+        report = {"text": "none", "image": "A red badge marks the thing." if red else "none", "together": "none"}
+        if verb and verb.unsafe:
+            report["text"] = f"The words ask to {verb.word} something."
+            if json.loads(told["features"])["features"]:
+                report["together"] = f"To {verb.word} a marked thing does harm."
+        return json.dumps(report)
     if system == template("optimise").strip():
         request = told["request"]
         if verb and "Together: none" not in told["report"].splitlines():

@@ -86,7 +86,9 @@ async def _events(head: dict[str, Any], text: str) -> AsyncIterator[str]:
 
 def _server(toy: _Toy) -> uvicorn.Server:
     routes = [Route("/v1/chat/completions", toy.chat, methods=["POST"]), Route("/v1/models", toy.models)]
-    return uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="critical", timeout_graceful_shutdown=0, lifespan="off"))
+    # Without a log_config: uvicorn's own closes the handlers of others, and absl's takes the standard error with it.
+    config = uvicorn.Config(Starlette(routes=routes), log_config=None, log_level="critical", lifespan="off", timeout_graceful_shutdown=0)
+    return uvicorn.Server(config)
 
 
 @contextmanager
