@@ -23,13 +23,18 @@ def parser() -> argparse.ArgumentParser:
 
     for name, text in (
         ("train", "train a recipe by GRPO; goes on from the last checkpoint; --KEY VALUE overrides any recipe value"),
+        (
+            "sft",
+            "train a rewriter on what `pgjax synthesize` made; goes on from the last checkpoint; --KEY VALUE overrides any recipe value",
+        ),
         ("demo", "train the toy recipe, evaluate before and after, and moderate three inputs"),
     ):
         sub = command(name, text)
         sub.add_argument("config", nargs="?" if name == "demo" else None, default="toy", help="a name in configs/ or a path")
         sub.add_argument("--runs", default="runs", help="folder of run folders")
-        if name == "train":
+        if name != "demo":
             sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
+        if name == "train":
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
 
     sub = command("demo-rewriter", "a toy rewriter from data to gateway, with programs as analyst, target and judge")

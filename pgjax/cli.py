@@ -52,6 +52,18 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     print(f"run: {run}")
 
 
+def sft(args: argparse.Namespace, rest: list[str]) -> None:
+    recipe = recipe_of(args, rest)
+    start_jax(recipe.devices)
+    from pgjax.rewriter.lessons import read_lessons
+    from pgjax.sft.trainer import train
+
+    run = Path(args.runs) / recipe.name
+    summary = train(recipe, run, *read_lessons(recipe.data), args.fresh)
+    print(json.dumps(summary, indent=2))
+    print(f"run: {run}")
+
+
 def demo(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.demo import demo
 
@@ -367,10 +379,13 @@ def bank(args: argparse.Namespace, rest: list[str]) -> None:
 
 def report(args: argparse.Namespace, rest: list[str]) -> None:
     no_more(rest)
-    from pgjax.train.report import write_report
+    from pgjax.sft import report as sft
+    from pgjax.train import report as grpo
     from pgjax.train.run_folder import read_config
 
-    print(f"report: {write_report(Path(args.folder), read_config(args.folder).shows_content)}")
+    run, recipe = Path(args.folder), read_config(args.folder)
+    page = sft.write_report(run) if recipe.data.name == "rewriter" else grpo.write_report(run, recipe.shows_content)
+    print(f"report: {page}")
 
 
 def no_more(rest: list[str]) -> None:

@@ -171,6 +171,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("0 (off) or above 1", lambda x: x == 0 or x > 1, "grpo.loss.dual_clip"),
     ("0 (off) or at least 1", lambda x: x == 0 or x >= 1, "grpo.loss.tis_cap"),
     ("0 (the checkpoint's tokenizer) or at least 320", lambda x: x == 0 or x >= 320, "tokenizer_vocab"),  # as tokenizer.train_byte_bpe
+    ("at least 1", lambda x: x >= 1, "sft.steps"),
     ("at least 0", lambda x: x >= 0, "model.vision.window model.vision.positions model.*_blocks model.*.deepstack model.lora_rank"),
     (
         "at least 0",
@@ -273,6 +274,8 @@ def _mesh_problems(recipe: Recipe) -> list[str]:
     stages |= {"warm_up.prompts": recipe.warm_up.prompts} if recipe.warm_up.steps else {}
     stages |= {"grpo.shares": recipe.grpo.shares} if recipe.grpo.shares else {}
     stages |= {"rollout.rows": recipe.rollout.rows} if recipe.rollout.rows else {}
+    if recipe.data.name == "rewriter":  # which is trained by the supervised trainer alone
+        stages = {"sft.micro_prompts": recipe.sft.micro_prompts}
     return _failed({f"{name} {rows} must be a multiple of mesh data x fsdp {shards}": rows % shards == 0 for name, rows in stages.items()})
 
 

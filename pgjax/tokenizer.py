@@ -6,7 +6,7 @@ The text of an answer is `tokenizer.decode(ids before the first stop token, skip
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,12 @@ def answer_texts(tokenizer, tokens_PGR: np.ndarray, length_PG: np.ndarray) -> li
     """Texts of P * G answers, those of a prompt together. A length includes the stop token, which is skipped."""
     rows = zip(tokens_PGR.reshape(-1, tokens_PGR.shape[-1]), length_PG.reshape(-1), strict=True)
     return [tokenizer.decode(tokens_R[:length], skip_special_tokens=True) for tokens_R, length in rows]
+
+
+def answer_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Answers as tokens, each closed by the stop token."""
+    stop = stop_ids(tokenizer)[0]
+    return [[*ids, stop] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
 
 def load_tokenizer(folder: str | Path):

@@ -16,7 +16,6 @@ The arrays of a step, where they come from and how they lie (rows: leading axis 
     state            trained parameters, optimiser, sharded  train/update.py, one update per mini-batch of whole rows
 """
 
-import json
 import resource
 import sys
 import time
@@ -42,7 +41,7 @@ from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.sft import warm_up as sft
 from pgjax.tokenizer import never_sampled
-from pgjax.train.checkpoints import Checkpoints
+from pgjax.train.checkpoints import Checkpoints, due
 from pgjax.train.compilations import Compilations
 from pgjax.train.flops import matmul_weights, peak, phase_metrics
 from pgjax.train.inputs import check_inputs, make_room
@@ -50,7 +49,7 @@ from pgjax.train.materials import Materials, make_materials
 from pgjax.train.phases import Phases
 from pgjax.train.progress import Progress
 from pgjax.train.report import write_report
-from pgjax.train.run_folder import RunFolder, check_same_run, read_metrics, remove_run
+from pgjax.train.run_folder import RunFolder, check_same_run, ended, read_metrics, remove_run
 from pgjax.train.setup import Setup, make_setup
 from pgjax.train.trainable import frozen_tower, merge
 from pgjax.train.update import TrainState, make_optimizer
@@ -147,11 +146,6 @@ def validate(programs: Programs, materials: Materials, recipe: Recipe, policy: d
     return scores
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """Every so many steps (0: never), and at the end."""
-    return step == last or (every > 0 and step % every == 0)
-
-
 def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = False) -> dict[str, float]:
     """Run a recipe in its folder, from the last checkpoint there unless `fresh`; returns the summary that it also writes.
 
@@ -169,10 +163,8 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
     start = checkpoints.latest() if references.latest() is not None else None
     if start is not None:
         check_same_run(run_path, recipe)
-        ended = run_path / "summary.json"
-        if start == config.steps and ended.exists():
-            print(f"run {run_path} has ended after {start} steps: nothing to do; --fresh starts it over", file=sys.stderr)
-            return json.loads(ended.read_text(encoding="utf-8"))
+        if start == config.steps and (summary := ended(run_path, start)):
+            return summary
 
     with RunFolder(run_path, recipe, show, start) as run:
         try:

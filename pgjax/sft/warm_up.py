@@ -1,33 +1,30 @@
-"""The supervised stage: maximise the log-probability of given answers. It shares rows, scoring and update with GRPO.
+"""The warm-up of a toy recipe: a supervised stage before GRPO.
 
-The warm-up of a toy recipe gives the right labels on a stated share of the prompts; on the others labels are drawn at random and
-their tokens carry no loss, so that format, ids and names are learnt everywhere and labels from that share alone. The tokens of right
-labels weigh more in turn, by the inverse of the share: the expected loss is that of labels everywhere.
+It gives the right labels on a stated share of the prompts; on the others labels are drawn at random and their tokens carry no loss, so
+that format, ids and names are learnt everywhere and labels from that share alone. The tokens of right labels weigh more in turn, by the
+inverse of the share: the expected loss is that of labels everywhere.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pgjax.config import Recipe
 from pgjax.data.pipeline import Batch, Pipeline
-from pgjax.data.schema import PromptBatch
 from pgjax.generate.law import Law
-from pgjax.generate.score import Packed, answer_rows, pack, score
-from pgjax.parallel.mesh import place_rows, replicated
-from pgjax.tokenizer import stop_ids
+from pgjax.generate.score import answer_rows
+from pgjax.parallel.mesh import place_rows
+from pgjax.sft.step import make_step, taught
+from pgjax.tokenizer import answer_ids
 from pgjax.train.setup import Setup, make_setup
-from pgjax.train.update import make_optimizer, update
+from pgjax.train.update import make_optimizer
 
 
 def answer_arrays(texts_PG: Sequence[Sequence[str]], tokenizer, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Answers as tokens int32 [P, G, R], each closed by the stop token, and lengths [P, G]. ValueError for one that is too long."""
-    stop = stop_ids(tokenizer)[0]
-    ids = lambda text: [*tokenizer(text, add_special_tokens=False)["input_ids"], stop]  # noqa: E731
-    return answer_rows([[ids(text) for text in texts] for texts in texts_PG], limit)
+    return answer_rows([answer_ids(tokenizer, texts) for texts in texts_PG], limit)
 
 
 def label_tokens(tokenizer, vocab: int) -> np.ndarray:
@@ -61,26 +58,16 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = setup.state(params, optimizer)
 
-    label_V = jnp.asarray(label_tokens(tokenizer, recipe.model.text.vocab))
-
-    def loss_sum(params, batch: tuple[PromptBatch, Packed, jax.Array]):
-        prompt, packed, weight_PQ = batch
-        logp, _ = score(setup.model, params, prompt, packed, law, entropy=False)
-        pair = (-(logp * weight_PQ).sum(), weight_PQ.sum())
-        return pair[0], {"warm_up/loss": pair}
-
-    def step(state, batch, tokens_PGR, length_PG, right_P):
-        packed = pack(tokens_PGR, jnp.zeros_like(tokens_PGR), length_PG, config.answers * R)
-        label_weight_P = right_P / config.label_share  # so that labels weigh as if all prompts had them
-        weight_PQ = packed.mask_PQ * jnp.where(label_V[packed.tokens_PQ], label_weight_P[:, None], 1.0)
-        return update(state, optimizer, loss_sum, (batch, packed, weight_PQ), weight_PQ.sum(), 1)
-
-    everywhere = replicated(mesh)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(setup.state_shardings(optimizer), everywhere))
+    label_V = label_tokens(tokenizer, recipe.model.text.vocab)
+    step = make_step(setup, law, optimizer, "warm_up/loss")
     with jax.set_mesh(mesh):
         for k in range(config.steps):
             batch = pipeline.batch(k, config.prompts)
             texts, right_P = answers(batch, k)
-            state, metrics = step(state, *place_rows((batch.prompt, *answer_arrays(texts, tokenizer, R), right_P), mesh))
+            tokens_PGR, length_PG = answer_arrays(texts, tokenizer, R)
+            label_weight_P = right_P / config.label_share  # so that labels weigh as if all prompts had them
+            weight_PGR = np.where(label_V[tokens_PGR], label_weight_P[:, None, None], 1.0)
+            lessons = place_rows(taught(batch.prompt, tokens_PGR, length_PG, weight_PGR), mesh)
+            state, metrics = step(state, {}, lessons, width=config.answers * R)
             log(k + 1, {name: float(value) for name, value in metrics.items()})
     return state.params

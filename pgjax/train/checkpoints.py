@@ -6,6 +6,11 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 
+def due(step: int, every: int, last: int) -> bool:
+    """Every so many steps (0: never), and at the end."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 class Checkpoints:
     """The numbered checkpoints of one run, in a folder of their own.
 

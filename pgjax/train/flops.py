@@ -50,10 +50,28 @@ def peak(device: jax.Device) -> float | None:
     return PEAKS[max(fitting, key=len)] if fitting else None
 
 
+def rates(name: str, seconds: float, tokens: float, flops: float, devices: int, peak: float | None) -> dict[str, float]:
+    """Time, tokens a second, FLOPs and, where the peak of a device is known, MFU of one phase."""
+    time = max(seconds, 1e-9)
+    metrics = {f"timing_s/{name}": seconds, f"perf/tokens_per_s/{name}": tokens / time, f"perf/flops/{name}": flops}
+    return metrics | ({f"perf/mfu/{name}": flops / (time * devices * peak)} if peak else {})
+
+
+def passes(config: ModelConfig) -> int:
+    """How often an update does what a forward pass does. With adapters the gradient of what they stand on is not taken."""
+    return 2 if config.lora_rank else 3
+
+
+def supervised_flops(config: ModelConfig, weights: Weights, patches: float, prompt: float, answer: float) -> float:
+    """Of one update on so many patches and tokens of prompts and answers. A frozen tower is passed once."""
+    forward = 2 * weights.decoder * (prompt + answer) + 2 * weights.head * answer
+    return passes(config) * forward + (1 if frozen_tower(config) else passes(config)) * 2 * weights.tower * patches
+
+
 def phase_metrics(
     recipe: Recipe, weights: Weights, seconds: Mapping[str, float], counts: Mapping[str, float], devices: int, peak: float | None
 ) -> dict[str, float]:
-    """Time, tokens a second, FLOPs and, where the peak of a device is known, MFU of every phase.
+    """`rates` of every phase of a GRPO step, and its time.
 
     `counts` are of what was sampled (`patches`, `prompt`, `response`) and of what was trained on (`trained_...`).
     """
@@ -62,19 +80,15 @@ def phase_metrics(
     prompt, response = counts["trained_prompt"], counts["trained_response"]
     tower = 2 * weights.tower * (0 if frozen else counts["trained_patches"])
     forward = 2 * weights.decoder * (prompt + response) + 2 * weights.head * response + tower
-    # With adapters the gradient of what they stand on is not taken: two passes in place of three.
     tokens_flops = {
         "encode": (counts["patches"], 2 * weights.tower * counts["patches"]),
         "prefill": (counts["prompt"], 2 * weights.decoder * counts["prompt"]),
         "decode": (counts["response"], 2 * (weights.decoder + weights.head) * counts["response"]),
         "score": (scored * (prompt + response), scored * forward),
         "reward": (counts["response"], 0),
-        "update": (prompt + response, (2 if config.lora_rank else 3) * forward),
+        "update": (prompt + response, passes(config) * forward),
     }
     metrics = {"perf/time_per_step": seconds["step"]}
     for phase, (tokens, flops) in tokens_flops.items():
-        time = max(seconds[phase], 1e-9)
-        metrics |= {f"timing_s/{phase}": seconds[phase], f"perf/tokens_per_s/{phase}": tokens / time, f"perf/flops/{phase}": flops}
-        if peak:
-            metrics[f"perf/mfu/{phase}"] = flops / (time * devices * peak)
+        metrics |= rates(phase, seconds[phase], tokens, flops, devices, peak)
     return metrics

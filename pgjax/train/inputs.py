@@ -21,14 +21,29 @@ from pgjax.train.materials import withheld
 from pgjax.train.setup import make_setup
 
 
-def check_inputs(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
-    """ValueError for a file or folder of the recipe that is missing, broken or made for something else, and for batches that the mesh
-    does not divide.
+def check_start(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
+    """What every run needs: ValueError for a name that is no folder's, for batches that the mesh does not divide, and for a checkpoint or
+    tokenizer that is missing, broken or made for something else.
     """
     if not re.fullmatch(r"\w[\w.-]*", recipe.name):  # ".." would be another folder, which --fresh deletes
         raise ValueError(f"name {recipe.name!r} must be a folder's name: letters, digits, _ - and .")
     validate(dataclasses.replace(recipe, devices=mesh.size))  # an axis of -1 is known only now
+    if recipe.checkpoint:
+        check_params(recipe.checkpoint, make_setup(recipe.model, mesh).abstract_reference())
+    if not recipe.tokenizer_vocab:
+        if not recipe.checkpoint:
+            raise ValueError("tokenizer_vocab 0 takes the checkpoint's tokenizer: set checkpoint, or the size of a tokenizer to train")
+        load_tokenizer(recipe.checkpoint)
+
+
+def check_inputs(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
+    """What training by GRPO needs besides: ValueError for a file or folder of the recipe that is missing, broken or made for something
+    else.
+    """
     data = recipe.data
+    if data.name == "rewriter":
+        raise ValueError("data.name rewriter has answers to learn and nothing to reward: train it with `pgjax sft`")
+    check_start(recipe, mesh)
     taxonomy = load_taxonomy(data.taxonomy)
     if data.name == "toy" and fingerprint(taxonomy) != fingerprint(load_taxonomy()):
         raise ValueError(f"data.taxonomy {data.taxonomy}: toy data are about the packaged taxonomy; leave it out, or take other data")
@@ -41,12 +56,6 @@ def check_inputs(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
     embedder = load_embedder(recipe.reward.embedder)
     if recipe.reward.bank:
         load_bank(recipe.reward.bank, taxonomy, embedder, never_seen)
-    if recipe.checkpoint:
-        check_params(recipe.checkpoint, make_setup(recipe.model, mesh).abstract_reference())
-    if not recipe.tokenizer_vocab:
-        if not recipe.checkpoint:
-            raise ValueError("tokenizer_vocab 0 takes the checkpoint's tokenizer: set checkpoint, or the size of a tokenizer to train")
-        load_tokenizer(recipe.checkpoint)
 
 
 def make_room(run: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +48,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PGJAX_CACHE", Path.home() / ".cache" / "pgjax"))
 
 
-def make_tokenizer(recipe: Recipe, examples: Sequence[Example], taxonomy: Taxonomy, folder: Path):
-    """The checkpoint's tokenizer, or a byte-level BPE trained on the training split's texts; made once and kept in the run folder."""
+def make_tokenizer(recipe: Recipe, texts: Callable[[], Iterable[str]], folder: Path):
+    """The checkpoint's tokenizer, or a byte-level BPE trained on the training split's `texts()`; made once and kept in the run folder."""
     if not folder.exists():
         if recipe.tokenizer_vocab:
-            tokenizer = train_byte_bpe(toy_texts(examples, taxonomy, recipe), recipe.tokenizer_vocab)
+            tokenizer = train_byte_bpe(texts(), recipe.tokenizer_vocab)
         else:
             tokenizer = load_tokenizer(recipe.checkpoint)
         with new_folder(folder) as aside:
@@ -97,7 +97,7 @@ def make_materials(recipe: Recipe, folder: Path) -> Materials:
         build_dataset(examples, dataset)
         replace_file(dataset / "left_out.json", json.dumps(left_out, indent=1) + "\n")
     rows = {split: read_dataset(dataset, split) for split in ("train", "eval")}
-    tokenizer = make_tokenizer(recipe, rows["train"], taxonomy, folder / "tokenizer")
+    tokenizer = make_tokenizer(recipe, lambda: toy_texts(rows["train"], taxonomy, recipe), folder / "tokenizer")
     ids = grid(taxonomy)
     vocab = recipe.model.text.vocab
     automaton = answers.build(tokenizer, ids, recipe.answer.think_tag, vocab=vocab, cache_dir=cache_dir())

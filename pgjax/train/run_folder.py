@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -10,12 +11,15 @@ from typing import Any, SupportsFloat
 from flax.traverse_util import flatten_dict
 
 from pgjax.config import Recipe
-from pgjax.files import remove_folder, replace_file
+from pgjax.files import read_json, remove_folder, replace_file
 from pgjax.recipes import from_json, to_json, validate
 from pgjax.train.trackers import open_tracker
 
 # What a run may change when it goes on: where and in what portions it is computed, and what is kept of it.
-MAY_CHANGE = ("name", "devices", "mesh.", "data.root", "report.", "tracker", "grpo.micro_prompts", "grpo.checkpoint_every", "grpo.keep_")
+MAY_CHANGE = (
+    *("name", "devices", "mesh.", "data.root", "report.", "tracker"),
+    *(f"{stage}.{key}" for stage in ("grpo", "sft") for key in ("micro_prompts", "checkpoint_every", "keep_")),
+)
 BUILT = ("data", "tokenizer")  # made from the recipe before the first checkpoint
 
 
@@ -121,14 +125,15 @@ def tag(phase: str, name: str) -> str:
 def changed_keys(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose value differs from the recipe that the run in this folder was started with, old and new value.
 
-    Without those that may change: see MAY_CHANGE; and `grpo.steps` may grow when no learning-rate schedule runs over them.
+    Without those that may change: see MAY_CHANGE; and `grpo.steps` and `sft.steps` may grow when no learning-rate schedule runs over them.
     """
     if not (path / "config.json").is_file():
         return {}
     old, new = (flatten_dict(dataclasses.asdict(x), sep=".") for x in (read_config(path), recipe))
     changed = {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(MAY_CHANGE)}
-    if recipe.grpo.optimizer.schedule == "constant" and old["grpo.steps"] < new["grpo.steps"]:
-        changed.pop("grpo.steps")
+    for stage in ("grpo", "sft"):
+        if new[f"{stage}.optimizer.schedule"] == "constant" and old[f"{stage}.steps"] < new[f"{stage}.steps"]:
+            changed.pop(f"{stage}.steps")
     return changed
 
 
@@ -141,6 +146,15 @@ def check_same_run(path: Path, recipe: Recipe) -> None:
             f"run {path} was started with {key} = {old!r}, now it is {new!r}{others}; "
             "go on as it was started, take another --name, or start over with --fresh"
         )
+
+
+def ended(path: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that has ended, which it also says; None where there is none yet."""
+    file = path / "summary.json"
+    if not file.exists():
+        return None
+    print(f"run {path} has ended after {steps} steps: nothing to do; --fresh starts it over", file=sys.stderr)
+    return read_json(file)
 
 
 def remove_run(path: Path) -> None:

@@ -46,7 +46,7 @@ def open_checkpoint(folder: Path, compute_dtype: str | None = None, max_pixels: 
 
 
 def open_run(run: Path, best: bool = False, compute_dtype: str | None = None) -> SavedRun:
-    """The newest checkpoint of a run folder, or the `best` (grpo.keep_best), on all devices, whatever mesh it was trained on.
+    """The newest checkpoint of a run folder, or the `best` (keep_best), on all devices, whatever mesh it was trained on.
 
     `compute_dtype` stands instead of the recipe's. Optimiser moments are not read. Raises ValueError for a folder that is no run, or has
     no such checkpoint.
@@ -61,13 +61,15 @@ def open_run(run: Path, best: bool = False, compute_dtype: str | None = None) ->
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
     trained = jax.tree.map(place, setup.trained(setup.abstract), setup.trained(setup.training))
     frozen = split(setup.abstract_reference(), recipe.model)[1]
-    checkpoints, references = Checkpoints(run / "checkpoints"), Checkpoints(run / "reference")
+    checkpoints = Checkpoints(run / "checkpoints")
     if best and checkpoints.best() is None:
-        raise ValueError(f"run {run} has no best checkpoint: none was scored (grpo.keep_best); leave out --best")
+        raise ValueError(f"run {run} has no best checkpoint: none was scored (keep_best); leave out --best")
     params = checkpoints.restore_part({"params": trained}, checkpoints.best() if best else None)["params"]
+    checkpoints.close()
     if frozen:
+        references = Checkpoints(run / "reference")
         params = merge(params, references.restore_part(frozen))
-    checkpoints.close(), references.close()
+        references.close()
     return SavedRun(recipe, setup, params, tokenizer)
 
 

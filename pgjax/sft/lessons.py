@@ -1,0 +1,190 @@
+"""Lessons as batches. Which lessons batch k holds and how they lie in it is known before the first step, as a function of the seed and
+of the lessons' lengths alone: every process makes its own slice of the same batches, and a run that goes on needs no state but k.
+
+Padding costs as much as text, so it is kept small twice. The prompts of a batch are of one bucket: padded to one of a few lengths,
+chosen so that all lessons together are padded least. Their answers lie back to back, those of n prompts in one row, dealt out so that
+rows are alike; a row has as many slots for answers as the fullest row of its bucket ever needs. So there is one program for a bucket.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pgjax.config import Recipe
+from pgjax.conversation import chat_text, neutralise_special
+from pgjax.data.arrays import Prompt, lay_out, prompt_batch
+from pgjax.data.images import capped, image_grid, load_image
+from pgjax.generate.score import answer_rows
+from pgjax.sft.step import Taught, taught
+from pgjax.tokenizer import answer_ids
+
+MULTIPLE = 8  # of which bucket lengths and row widths are multiples
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A chat up to the model's turn, its pictures in order, and the answer to learn."""
+
+    id: str
+    group: str  # lessons of one group never part over splits
+    messages: list[dict]  # as for chat templates, with a part for each picture
+    images: tuple[Path, ...]
+    answer: str
+
+
+class Laid(NamedTuple):
+    """A lesson as text and tokens, and what it takes."""
+
+    prompt: str
+    images: tuple[Path, ...]
+    answer: list[int]
+    tokens: int  # of the prompt
+    slots: int  # for patches
+    patches: int
+
+
+class Batch(NamedTuple):
+    taught: Taught  # this process's rows, numpy
+    width: int  # Q
+    counts: dict[str, int]  # of the whole batch: tokens of prompts and of answers, patches, and slots of rows
+
+
+class Lessons:
+    """Lessons of one split as batches; with several processes each makes its slice of them.
+
+    Training draws a new order each epoch, for sft.steps batches of sft.prompts; the last lessons of an order, which fill no batch, are
+    left out of that epoch, and a split smaller than a batch repeats some. Held-out lessons come once each, in batches of
+    sft.micro_prompts; the last is filled up with rows that have no answer.
+
+    Lessons that cannot be shown whole are dropped, never cut: `dropped` counts them by reason (see `unfit`). To find out, every picture
+    is decoded. ValueError when nothing is left. `shards` of the mesh (data x fsdp) have one row of a micro-batch each.
+    """
+
+    def __init__(
+        self, lessons: Sequence[Lesson], tokenizer, recipe: Recipe, shards: int, training: bool, process: int = 0, processes: int = 1
+    ):
+        self._tokenizer, self._recipe, self._process = tokenizer, recipe, (process, processes)
+        laid = lay_out_lessons(lessons, tokenizer, recipe)
+        reasons = [unfit(lesson, recipe) for lesson in laid]
+        self.dropped = Counter(filter(None, reasons))
+        self.kept = [lesson for lesson, reason in zip(laid, reasons, strict=True) if lesson and not reason]
+        if not self.kept:
+            what = f"no lesson {'to train on' if training else 'held out'} is left; dropped: {dict(self.dropped)}"
+            raise ValueError(f"{what}; larger data.prompt_tokens, data.patches and answer.max_tokens take more")
+        sizes = np.array([(lesson.tokens, len(lesson.answer), lesson.patches) for lesson in self.kept])
+        self._size_N = dict(zip(("prompt", "answer", "patches"), sizes.T, strict=True))
+        sft, self.per_row = recipe.sft, recipe.sft.micro_prompts // shards
+        self.lengths = bucket_lengths(self._size_N["prompt"], sft.buckets)
+        bucket_N = self.lengths[np.searchsorted(self.lengths, self._size_N["prompt"])]
+        rows_KP = drawn(bucket_N, sft.prompts, sft.steps, recipe.seed) if training else once(bucket_N, sft.micro_prompts)
+        self.rows_KP = np.take_along_axis(rows_KP, dealt(of(self._size_N["answer"], rows_KP), self.per_row), axis=1)
+        self.length_K = of(bucket_N, self.rows_KP).max(axis=1)
+        fullest_K = of(self._size_N["answer"], self.rows_KP).reshape(len(rows_KP), -1, self.per_row).sum(axis=2).max(axis=1)
+        self.widths = {int(T): int(up(fullest_K[self.length_K == T].max())) for T in np.unique(self.length_K)}
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self.rows_KP)
+
+    def batch(self, k: int) -> Batch:
+        rows_P, T = self.rows_KP[k], int(self.length_K[k])
+        counts = {name: int(of(size_N, rows_P).sum()) for name, size_N in self._size_N.items()}
+        counts["slots"] = len(rows_P) * T + len(rows_P) // self.per_row * self.widths[T]
+        index, count = self._process
+        own = [(int(n), self.kept[n if n >= 0 else rows_P.max()]) for n in rows_P.reshape(count, -1)[index]]
+        prompts = [Prompt(n, lesson.prompt, [path.read_bytes() for path in lesson.images]) for n, lesson in own]
+        data, vision = self._recipe.data, capped(self._recipe.model.vision, self._recipe.data.max_pixels)
+        prompt = prompt_batch(prompts, self._tokenizer, vision, T, data.patches)
+        answers = answer_rows([[lesson.answer if n >= 0 else []] for n, lesson in own], self._recipe.answer.max_tokens)
+        return Batch(taught(prompt, *answers), self.widths[T], counts)
+
+
+def lay_out_lessons(lessons: Sequence[Lesson], tokenizer, recipe: Recipe) -> list[Laid | None]:
+    """Tokenised, all at once; None for a lesson with a picture that cannot be read. Answers end with the stop token, and with nothing
+    else that is special: what looks like it in their text is broken, as it is in prompts."""
+    vision = capped(recipe.model.vision, recipe.data.max_pixels)
+
+    def grid(path: Path) -> tuple[int, int] | None:
+        try:
+            return image_grid(load_image(path.read_bytes()).size, vision)
+        except (OSError, ValueError):
+            return None
+
+    paths = list({path for lesson in lessons for path in lesson.images})
+    with ThreadPoolExecutor() as pool:
+        grids = dict(zip(paths, pool.map(grid, paths), strict=True))
+    found = {n: [size for path in lesson.images if (size := grids[path])] for n, lesson in enumerate(lessons)}
+    whole = [n for n, lesson in enumerate(lessons) if len(found[n]) == len(lesson.images)]
+    texts = [chat_text(lessons[n].messages, tokenizer) for n in whole]
+    prompts = lay_out(texts, [found[n] for n in whole], tokenizer, vision)
+    answers = answer_ids(tokenizer, [neutralise_special(lessons[n].answer, tokenizer) for n in whole])
+    laid: list[Laid | None] = [None] * len(lessons)
+    for n, text, (tokens_T, slots), answer in zip(whole, texts, prompts, answers, strict=True):
+        patches = sum(height * width for height, width in found[n])
+        laid[n] = Laid(text, lessons[n].images, answer, len(tokens_T), slots, patches)
+    return laid
+
+
+def unfit(lesson: Laid | None, recipe: Recipe) -> str | None:
+    """Why a lesson cannot be shown whole; None where it can."""
+    if lesson is None:
+        return "image"  # cannot be read
+    if lesson.slots > recipe.data.patches:
+        return "patches"
+    if lesson.tokens > recipe.data.prompt_tokens:
+        return "prompt"
+    return "answer" if len(lesson.answer) > recipe.answer.max_tokens else None
+
+
+def up(size):
+    """The next multiple."""
+    return -(-size // MULTIPLE) * MULTIPLE
+
+
+def bucket_lengths(prompt_N: np.ndarray, buckets: int) -> np.ndarray:
+    """At most `buckets` lengths to pad prompts to, rising: the longest, then one by one those that save the most slots."""
+    need_N = up(prompt_N)
+    lengths = [int(need_N.max())]
+    padded = lambda lengths: np.take(lengths, np.searchsorted(lengths, need_N)).sum()  # noqa: E731
+    for _ in range(buckets - 1):
+        lengths = min((sorted({*lengths, more}) for more in np.unique(need_N).tolist()), key=padded)
+    return np.array(lengths)
+
+
+def cut(rows_N: np.ndarray, bucket_N: np.ndarray, prompts: int) -> np.ndarray:
+    """Batches [K, P] of rows of one bucket each, in the order given; what a bucket has left over moves up to the next."""
+    return rows_N[np.argsort(bucket_N[rows_N], kind="stable")].reshape(-1, prompts)
+
+
+def drawn(bucket_N: np.ndarray, prompts: int, steps: int, seed: int) -> np.ndarray:
+    """Rows of the batches of training, [K, P]: in each epoch a new order of lessons, then of batches."""
+    epochs, per_epoch = [], max(len(bucket_N) // prompts, 1)
+    for epoch in range(-(-steps // per_epoch)):
+        rng = np.random.default_rng((seed, epoch))
+        order_N = np.resize(rng.permutation(len(bucket_N)), per_epoch * prompts)  # cut off, or repeated
+        epochs.append(rng.permutation(cut(order_N, bucket_N, prompts)))
+    return np.concatenate(epochs)[:steps]
+
+
+def once(bucket_N: np.ndarray, prompts: int) -> np.ndarray:
+    """Rows of batches [K, P] that have every lesson once; -1 where the last has none."""
+    order_N = np.argsort(bucket_N, kind="stable")
+    return np.append(order_N, np.full(-len(order_N) % prompts, -1)).reshape(-1, prompts)
+
+
+def of(value_N: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """A size of each row; 0 where there is none."""
+    return np.where(rows >= 0, value_N[rows], 0)
+
+
+def dealt(size_KP: np.ndarray, per_row: int) -> np.ndarray:
+    """Order [K, P] of each batch in which every `per_row` that follow each other are about as large together: the largest are dealt out
+    to the rows, the next largest in turn from the last row to the first, and so on."""
+    order = np.argsort(-size_KP, axis=1, kind="stable").reshape(len(size_KP), per_row, -1)
+    order[:, 1::2] = order[:, 1::2, ::-1]
+    return order.swapaxes(1, 2).reshape(size_KP.shape)
