@@ -87,12 +87,9 @@ def gateway(rewriter: Path, upstream: str) -> Iterator[str]:
 
 def shown(rewriter: Path, items: Sequence[Item]) -> str:
     """What the rewriter makes of these, for people."""
-    from pgjax.cli import readable_rewrite
-
+    examples = [item.example for item in items]
     with Rewriter.load(rewriter) as opened:
-        made = list(opened.rewrites([item.example for item in items]))
-    told = [one._asdict() | {"report": one.report and one.report.model_dump()} for one in made]
-    return "\n".join(f"\n--- {item.example.request}\n{readable_rewrite(row)}" for item, row in zip(items, told, strict=True))
+        return "\n".join(f"\n--- {one.request}\n{made.in_words()}" for one, made in zip(examples, opened.rewrites(examples), strict=True))
 
 
 def answers(job: Job) -> list[dict]:

@@ -13,6 +13,7 @@ from pgjax.data.schema import Example
 from pgjax.rewriter.record import Report, parse_answer, rewriter_messages
 from pgjax.serving.engine import Ask, Told
 from pgjax.serving.model import Model
+from pgjax.serving.verdict import REASONING_LIMIT, printable
 
 GROWTH, ROOM = 4, 400  # a prompt of more than so many times the request's characters and so many more is no rewrite of it
 
@@ -23,6 +24,15 @@ class Rewritten(NamedTuple):
     how: Literal["changed", "unchanged", "fallback"]  # the last: the answer cannot be taken as a rewrite
     tokens: int  # of the answer
     seconds: float
+
+    def as_json(self) -> dict:
+        return self._asdict() | {"report": self.report and self.report.model_dump()}
+
+    def in_words(self) -> str:
+        """For people. Both texts of it are a model's."""
+        lines = [f"{part + ':':<9} {printable(said, REASONING_LIMIT)}" for part, said in (self.as_json()["report"] or {}).items()]
+        why = " (the answer cannot be taken as a rewrite: this is the original prompt)" if self.how == "fallback" else ""
+        return "\n".join([*lines, f"prompt:   {printable(self.prompt, len(self.prompt))}", f"how:      {self.how}{why}"])
 
 
 @dataclass(frozen=True)
