@@ -81,7 +81,7 @@ def data_url(image: bytes) -> str:
     """The picture file in a data URL. ValueError for a file that is none."""
     try:
         with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-            mime = Image.MIME[opened.format or ""]
+            mime = Image.MIME["JPEG" if opened.format == "MPO" else opened.format or ""]  # a JPEG with more pictures behind the first
     except Exception as error:  # Pillow has many ways to say so
         raise ValueError(f"not an image that can be sent; give one of {', '.join(FORMATS)}") from error
     return f"data:{mime};base64,{base64.b64encode(image).decode()}"

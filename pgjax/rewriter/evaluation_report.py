@@ -149,11 +149,12 @@ def counted(reasons: Mapping[str, int]) -> str:
 def used(summary: dict) -> Iterator[Table]:
     rows = []
     for name, one in summary["benchmarks"].items():
-        rows.append((name, str(one["rows"]), counted(one["left_out"]), "", ""))
-        for part in PARTS.values():
-            for label, entry in cells(one["parts"].get(part, {})):
-                if entry["failed"] or entry["unjudged"]:
-                    rows.append((f"{name}, {part}: {label}", str(entry["n"]), "", counted(entry["failed"]), counted(entry["unjudged"])))
+        entries = [(part, *cell) for part in PARTS.values() for cell in cells(one["parts"].get(part, {}))]
+        total = (str(sum(sum(entry[kind].values()) for *_, entry in entries)) for kind in ("failed", "unjudged"))
+        rows.append((name, str(one["rows"]), counted(one["left_out"]), *total))
+        for part, label, entry in entries:
+            if entry["failed"] or entry["unjudged"]:
+                rows.append((f"{name}, {part}: {label}", str(entry["n"]), "", counted(entry["failed"]), counted(entry["unjudged"])))
     note = "left out: rows that no target was asked; trained on: rows of a group that the rewriter has learnt from. failed: no answer, "
     note += "unjudged: no grade of the answer; figures are of the other rows."
     yield Table("All", "Rows", ("benchmark", "rows", "left out", "failed", "unjudged"), rows, note)

@@ -94,7 +94,7 @@ def data_root(root: str | None) -> Path:
     """The folder of public sets: `data.root`, else the environment variable PGJAX_DATA. ValueError when neither names a folder."""
     chosen = root or os.environ.get("PGJAX_DATA")
     if not chosen:
-        raise ValueError("public data: set PGJAX_DATA, or --data.root (evaluate: --data), to the folder that holds the sets")
+        raise ValueError("public data: set PGJAX_DATA, or --data.root (evaluate: --data, synthesize: --root), to the sets' folder")
     if not Path(chosen).is_dir():
         raise ValueError(f"public data: {chosen} is no folder; set --data.root or PGJAX_DATA to the one that holds the sets")
     return Path(chosen)
