@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else.
+# `make demo`, `make demo-rewriter` and `make test` need Python 3.11 or newer and nothing else.
 PYTHON ?= python3
 # Compiled programs are kept outside the clone, so that a second run starts warm.
 export PGJAX_CACHE ?= $(HOME)/.cache/pgjax
@@ -10,10 +10,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TEST_DEPS := .venv/.test $(if $(filter 1,$(PARITY)),.venv/.parity)
 
-.PHONY: demo test drills lint
+.PHONY: demo demo-rewriter test drills lint
 
 demo: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/pgjax demo
+
+demo-rewriter: .venv/.installed
+	JAX_PLATFORMS=cpu $(BIN)/pgjax demo-rewriter
 
 test: $(TEST_DEPS)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q

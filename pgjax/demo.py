@@ -11,6 +11,7 @@ from pgjax.data.toy import draw
 from pgjax.files import replace_file
 from pgjax.grpo.trainer import train
 from pgjax.serving.guard import Guard
+from pgjax.serving.verdict import readable
 
 SHOWN = ("C1S1", "C4S2", "C8S1")  # categories that the three prompts list
 
@@ -27,8 +28,6 @@ def inputs() -> list[tuple[str, Example]]:
 
 
 def demo(recipe: Recipe, run: Path) -> None:
-    from pgjax.cli import readable
-
     began = time.monotonic()
     summary = train(recipe, run, fresh=True)
     shown = inputs()

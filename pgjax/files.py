@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,21 +23,26 @@ def read_json(file: Path) -> dict:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    aside = path.with_name(path.name + ".part")
+    """A reader sees the old file or the new one, never half of it, however many write it at a time."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `path` at the end. What an earlier, killed attempt left is removed first."""
-    aside = path.with_name(f".{path.name}.part")
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` at the end. What an earlier, killed attempt left is removed first. A folder that is
+    there stays, unless `replace` is given."""
+    aside, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
+        if replace and path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
         os.replace(aside, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

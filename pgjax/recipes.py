@@ -11,41 +11,49 @@ import runpy
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pgjax.config import ModelConfig, Recipe
+
+C = TypeVar("C")  # a config class
 
 # Where a bare name such as `toy` is looked for: below the current folder, then beside the package.
 CONFIG_FOLDERS = (Path("configs"), Path(__file__).parent.parent / "configs")
 
 
 def load_recipe(path_or_name: str | Path) -> Recipe:
-    """The `recipe` of a Python file, given by its path or by its bare name in configs/. The file is executed: load only your own.
+    """The `recipe` of a Python file, as `load_config`."""
+    return load_config(path_or_name, Recipe)
+
+
+def load_config(path_or_name: str | Path, kind: type[C]) -> C:
+    """The config of a Python file, given by its path or by its bare name in configs/: `recipe` where the kind is Recipe. The file is
+    executed: load only your own.
 
     Raises ValueError when there is no such file, when it fails, or when it has no `recipe = Recipe(...)`.
     """
-    path = Path(path_or_name)
+    path, variable = Path(path_or_name), kind.__name__.lower()
     if path.suffix != ".py":
         if path.parent != Path("."):
-            raise ValueError(f"recipe {path}: a path must end in .py; a bare name is looked for in configs/")
+            raise ValueError(f"{variable} {path}: a path must end in .py; a bare name is looked for in configs/")
         found = [folder / f"{path}.py" for folder in CONFIG_FOLDERS if (folder / f"{path}.py").is_file()]
         if not found:
             names = sorted({file.stem for folder in CONFIG_FOLDERS for file in folder.glob("*.py")})
-            raise ValueError(f"recipe {path}: not in configs/{_nearest(str(path), names)}; there are: {', '.join(names) or 'none'}")
+            raise ValueError(f"{variable} {path}: not in configs/{_nearest(str(path), names)}; there are: {', '.join(names) or 'none'}")
         path = found[0]
     if not path.is_file():
-        raise ValueError(f"recipe {path}: no such file")
+        raise ValueError(f"{variable} {path}: no such file")
     try:
-        recipe = runpy.run_path(str(path.resolve())).get("recipe")  # so that paths beside the file hold in other folders too
+        config = runpy.run_path(str(path.resolve())).get(variable)  # so that paths beside the file hold in other folders too
     except (Exception, SystemExit) as error:
-        raise ValueError(f"recipe {path}: {type(error).__name__}: {error}; it must be a Python file that sets `recipe`") from error
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"recipe {path}: the file must set `recipe = Recipe(...)`")
-    return recipe
+        raise ValueError(f"{variable} {path}: {type(error).__name__}: {error}; it must be a Python file that sets `{variable}`") from error
+    if not isinstance(config, kind):
+        raise ValueError(f"{variable} {path}: the file must set `{variable} = {kind.__name__}(...)`")
+    return config
 
 
-def override(recipe: Recipe, argv: list[str]) -> Recipe:
-    """The recipe with `--grpo.optimizer.learning-rate 2e-6 ...` applied, each value parsed by its field's type.
+def override(config: C, argv: list[str]) -> C:
+    """A recipe, or another config, with `--grpo.optimizer.learning-rate 2e-6 ...` applied, each value parsed by its field's type.
 
     Raises ValueError, one line, for an unknown key (naming the nearest one) and for a value that does not fit.
     `--help` prints all keys and exits.
@@ -56,7 +64,7 @@ def override(recipe: Recipe, argv: list[str]) -> Recipe:
     try:
         with contextlib.nullcontext() if {"-h", "--help"} & set(argv) else contextlib.redirect_stderr(printed):
             changed, unknown = tyro.cli(
-                Recipe, default=recipe, args=argv, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,), prog="pgjax"
+                type(config), default=config, args=argv, return_unknown_args=True, config=(tyro.conf.FlagConversionOff,), prog="pgjax"
             )
     except SystemExit as stop:
         if not stop.code:
@@ -66,7 +74,7 @@ def override(recipe: Recipe, argv: list[str]) -> Recipe:
         key = unknown[0].partition("=")[0]
         if not key.startswith("--"):
             raise ValueError(f"override: {key!r} is not a key; write --name value")
-        raise ValueError(f"override: unknown key {key}{_nearest(key, ['--' + name for name in _keys(Recipe)])}")
+        raise ValueError(f"override: unknown key {key}{_nearest(key, ['--' + name for name in _keys(type(config))])}")
     return changed
 
 

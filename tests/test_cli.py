@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from pgjax.cli import main, readable
+from pgjax.cli import main
 from pgjax.data.rows import conversation
-from pgjax.serving.verdict import printable
+from pgjax.serving.verdict import printable, readable
 
 
 @pytest.mark.parametrize(

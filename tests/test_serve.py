@@ -522,7 +522,7 @@ def test_a_decoder_that_nobody_waits_for_keeps_its_place(http, monkeypatch):
 )
 def test_when_to_come_again(ended, waiting, seconds):
     engine = SimpleNamespace(counts=SimpleNamespace(waiting=waiting))
-    assert Service.retry(SimpleNamespace(ended=ended, guard=SimpleNamespace(engine=engine))) == seconds
+    assert Service.retry(SimpleNamespace(ended=ended, model=SimpleNamespace(engine=engine))) == seconds
 
 
 def test_the_pace_is_that_since_the_engine_was_idle(server, http):

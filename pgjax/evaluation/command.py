@@ -12,7 +12,7 @@ from pgjax import automaton as answers
 from pgjax.data.build import read_dataset
 from pgjax.data.schema import UNSAFE, Example
 from pgjax.data.sources.benchmarks import BENCHMARKS, read_benchmark
-from pgjax.data.sources.files import Read, data_root, order_of
+from pgjax.data.sources.files import Read, data_root, first_groups
 from pgjax.evaluation import tables
 from pgjax.evaluation.evaluate import Answered
 from pgjax.evaluation.obedience import CONDITIONS, obedience
@@ -121,14 +121,6 @@ def read_set(guard: Guard, folder: Path, name: str, args: argparse.Namespace) ->
     if args.limit is None or args.limit >= len(read.examples):
         return read, lines
     return read._replace(examples=first_groups(read.examples, args.limit)), lines
-
-
-def first_groups(examples: list[Example], limit: int) -> list[Example]:
-    """At most so many rows, whole groups in an order by a hash of their names; of a larger first group its first rows."""
-    ordered = sorted(examples, key=lambda example: (order_of(example.group), example.group, example.id))
-    while 0 < limit < len(ordered) and ordered[limit - 1].group == ordered[limit].group != ordered[0].group:
-        limit -= 1
-    return ordered[:limit]
 
 
 def make_judges(guard: Guard) -> Judges:

@@ -171,11 +171,12 @@ def _ratio(part_B: Array, whole_B: Array) -> Array:
 
 
 def interval_of_means(value_PC: Array, groups: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> Array:
-    """Ends [2, C] of the bootstrap intervals at LEVEL of the means of C columns; rows of one group are drawn together."""
-    number_P = np.unique(groups, return_inverse=True)[1]
+    """Ends [2, C] of the bootstrap intervals at LEVEL of the means of C columns; rows of one group are drawn together. NaN: a row that
+    does not count in that column; some row does."""
+    number_P, known_PC = np.unique(groups, return_inverse=True)[1], ~np.isnan(value_PC)
     count, ends = number_P.max() + 1, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     weight_BP = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)[:, number_P]
-    return np.quantile(weight_BP @ value_PC / weight_BP.sum(axis=1, keepdims=True), ends, axis=0)
+    return np.nanquantile(_ratio(weight_BP @ np.where(known_PC, value_PC, 0), weight_BP @ known_PC), ends, axis=0)
 
 
 def binary(gold_P: Array, predicted_P: Array, weight_BP: Array) -> dict[str, Array]:

@@ -1,19 +1,15 @@
 """A summary of benchmarks (evaluation/summary.py) as text, Markdown or one HTML page, beside what others published on the same sets.
 
-Published numbers stand only beside our figure of the same convention, and only on sets that were evaluated. All three are made from the
-same tables, whose cells are plain text: each escapes for itself.
+Published numbers stand only beside our figure of the same convention, and only on sets that were evaluated.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from textwrap import fill
-from typing import NamedTuple
 
 from pgjax.evaluation.summary import F1, LINES, OOD, line_of, published
-from pgjax.pages.charts import bars, printable, text
-from pgjax.pages.page import facts, grid, table_of, whole_page
+from pgjax.pages.charts import bars, text
+from pgjax.pages.page import facts, grid, warnings, whole_page
 from pgjax.pages.samples import sample_tables, wrong_and_right
+from pgjax.pages.tables import Table, markdown, markup, plain
 from pgjax.taxonomy import Taxonomy
 
 UNSAFE, WEIGHTED = "F1 unsafe", "F1 weighted"
@@ -40,14 +36,6 @@ FIGURES = {  # of OOD
 }
 ROWS = "Rows and time"
 FAILURES = "an answer out of format counts as wrong"
-
-
-class Table(NamedTuple):
-    section: str
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    note: str  # under the table: convention, failures, weights
 
 
 def percent(entry: Mapping, key: str, digits: int = 1, interval: bool = True) -> str:
@@ -193,31 +181,12 @@ def remarks(summary: dict) -> list[str]:
 
 def as_text(summary: dict, guard: str = "this guard") -> str:
     """For a terminal: columns aligned."""
-    parts = [fill(_flat(line), 120) for line in remarks(summary)]
-    for table in tables(summary, guard):
-        lines = [[_flat(cell) for cell in line] for line in (table.columns, *table.rows)]
-        wide = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        pad = lambda line, wide=wide: [line[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(line[1:], wide[1:], strict=True))]  # noqa: E731
-        parts.append("\n".join([table.title, *("  ".join(pad(line)).rstrip() for line in lines), fill(_flat(table.note), 120)]))
-    return "\n\n".join(parts) + "\n"
+    return plain(remarks(summary), tables(summary, guard))
 
 
 def as_markdown(summary: dict, guard: str = "this guard") -> str:
     """Tables for a README, headings of the third level."""
-    parts = [_marked(line) for line in remarks(summary)]
-    for table in tables(summary, guard):
-        lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1)), *(map(_marked, row) for row in table.rows)]
-        parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_marked(table.note)}")
-    return "\n\n".join(parts) + "\n"
-
-
-def _flat(cell: str) -> str:
-    return " ".join(printable(cell, 1000).split())
-
-
-def _marked(cell: str) -> str:
-    """Escaped for HTML and for Markdown, but for underscores, which mean nothing inside words."""
-    return "".join(f"\\{c}" if c in "\\`*[]|~" else c for c in escape(_flat(cell), quote=False))
+    return markdown(remarks(summary), tables(summary, guard))
 
 
 def as_html(summary: dict, guard: str, about: Mapping[str, object], samples: str = "") -> str:
@@ -225,18 +194,9 @@ def as_html(summary: dict, guard: str, about: Mapping[str, object], samples: str
 
     `about` stands on top, names over values.
     """
-    warnings = "".join(f'<div><p class="warning">{text(line)}</p></div>' for line in remarks(summary))
-    header = f"<h1>{text(guard, 200)}</h1>{warnings}{facts(about)}"
-    sections = {"Charts": grid(charts(summary))}
-    for table in tables(summary, guard):
-        rows = "".join(f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-        part = f"<h3>{text(table.title)}</h3>{table_of(*map(text, table.columns), rows=rows)}<p>{text(table.note)}</p>"
-        sections[table.section] = sections.get(table.section, "") + part
+    header = f"<h1>{text(guard, 200)}</h1>{warnings(remarks(summary))}{facts(about)}"
+    sections = {"Charts": grid(charts(summary))} | markup(tables(summary, guard))
     return whole_page(guard, header, sections | {"Samples": samples})
-
-
-def _html(cell: str) -> str:
-    return re.sub(r" (\([-\d.]+–[-\d.]+\))$", r" <small>\1</small>", text(cell, 200))
 
 
 def charts(summary: dict) -> list[str]:

@@ -1,6 +1,6 @@
 """The frame and the style sheet of pages such as report.html: light and dark, wide and narrow, no scripts, nothing fetched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pgjax.pages.charts import text
 
@@ -82,14 +82,18 @@ PAGE = """<!doctype html>
 def whole_page(title: str, header: str, sections: Mapping[str, str]) -> str:
     """The page of these sections by heading, with links to them on top; `header` and the sections are markup, an empty one is left out."""
     kept = {name: body for name, body in sections.items() if body}
-    nav = " ".join(f'<a href="#s{i}">{name}</a>' for i, name in enumerate(kept))
-    body = "".join(f'<section id="s{i}"><h2>{name}</h2>{part}</section>' for i, (name, part) in enumerate(kept.items()))
+    nav = " ".join(f'<a href="#s{i}">{text(name)}</a>' for i, name in enumerate(kept))
+    body = "".join(f'<section id="s{i}"><h2>{text(name)}</h2>{part}</section>' for i, (name, part) in enumerate(kept.items()))
     return PAGE.format(title=text(title), style=STYLE, header=header, nav=nav, body=body)
 
 
 def facts(items: Mapping[str, object]) -> str:
     """Names over their values."""
     return "<dl>" + "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in items.items()) + "</dl>"
+
+
+def warnings(lines: Iterable[str]) -> str:
+    return "".join(f'<div><p class="warning">{text(line)}</p></div>' for line in lines)
 
 
 def table_of(*columns: str, rows: str, kind: str = "numbers") -> str:

@@ -83,16 +83,21 @@ def sample_row(row: dict, taxonomy: Taxonomy, pictures: Sequence[str], content: 
         f"<td>{row['length']}</td>",
     ]
     line = f'<tr class="{"ok" if right(row) else "no"}">{"".join(cells)}</tr>'
-    texts = [(name, row.get(name)) for name in ("request", "response", "answer") if row.get(name)] if content else []
+    texts = {name: row[name] for name in ("request", "response", "answer") if row.get(name)} if content else {}
+    return line + content_row(texts, pictures, veil, 9)
+
+
+def content_row(texts: Mapping[str, str], pictures: Sequence[str], veil: bool, columns: int) -> str:
+    """Texts by name, and pictures as data addresses, across a table; with `veil` folded and blurred until clicked. "" for nothing."""
+    if not texts and not pictures:
+        return ""
     line_end = lambda markup: markup.replace("\n", " <i>↵</i> ")  # noqa: E731
-    shown = "".join(f'<div><b>{name}</b> <span dir="auto">{line_end(text(value))}</span></div>' for name, value in texts)
-    if not shown and not pictures:
-        return line
+    shown = "".join(f'<div><b>{text(name)}</b> <span dir="auto">{line_end(text(value))}</span></div>' for name, value in texts.items())
     images = [f'<img src="{escape(address)}" alt="">' for address in pictures]
     if veil:
         images = [f'<label class="veil" title="click to see"><input type="checkbox">{image}</label>' for image in images]
         shown = f"<details><summary>text</summary>{shown}</details>" if shown else ""
-    return line + f'<tr class="content"><td colspan="9"><div class="both">{"".join(images)}<div>{shown}</div></div></td></tr>'
+    return f'<tr class="content"><td colspan="{columns}"><div class="both">{"".join(images)}<div>{shown}</div></div></td></tr>'
 
 
 def labels(parts: list[str]) -> str:

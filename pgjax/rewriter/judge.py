@@ -6,9 +6,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pgjax.conversation import neutralise
 from pgjax.endpoint import Endpoint, system, user
-from pgjax.rewriter.record import template
+from pgjax.rewriter.record import section, template
 
 ANSWER_TOKENS = 256
 R = TypeVar("R", bound=BaseModel)
@@ -41,7 +40,7 @@ def read_record(text: str, kind: type[R]) -> R:
 
 def grading(request: str, images: Sequence[bytes], answer: str) -> list[dict]:
     """The chat that a judge answers."""
-    asked = f"<request>\n{neutralise(request)}\n</request>\n<response>\n{neutralise(answer)}\n</response>"
+    asked = section("request", request) + "\n" + section("response", answer)
     return [system(template("judge").strip()), user(asked, images)]
 
 

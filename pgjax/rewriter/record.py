@@ -17,6 +17,8 @@ _ANSWER = re.compile(
     r"<think>Text: (?P<text>.+?)\nImage: (?P<image>.+?)\nTogether: (?P<together>.+?)</think>\n<rewrite>(?P<prompt>.+?)</rewrite>", re.DOTALL
 )
 
+_SECTION = re.compile(r"<(?=\s*/?\s*(?:request|(?:safe_|unsafe_)?response|features|report)\s*>)", re.IGNORECASE)
+
 
 class Report(BaseModel):
     """The risk report A of a request and its picture (PAPERS B2, stage 2); "none" where a part brings no risk."""
@@ -42,6 +44,11 @@ def rewriter_messages(request: str, images: int) -> list[dict]:
     """The chat that a rewriter answers, in transformers' form, for training and use alike; the request is neutralised."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": neutralise(request)}]
     return [{"role": "system", "content": template("rewrite").strip()}, {"role": "user", "content": content}]
+
+
+def section(name: str, text: str) -> str:
+    """A text of somebody else's in a prompt of ours, neutralised, with tags that nothing in it can close or open."""
+    return f"<{name}>\n{_SECTION.sub('‹', neutralise(text))}\n</{name}>"
 
 
 def answer_of(rewriting: Rewriting) -> str:

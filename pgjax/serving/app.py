@@ -3,12 +3,10 @@
 The event loop reads and answers; bodies are parsed, pictures decoded and prompts made in a few threads; the engine has its own.
 """
 
-import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +20,7 @@ from starlette.routing import Route
 
 from pgjax.serving import chat, moderations
 from pgjax.serving.border import GONE, Border, refusal
+from pgjax.serving.desk import Desk
 from pgjax.serving.guard import How
 from pgjax.serving.requests import Chat, Judging, Moderation, Refused, to_continue, to_judge, to_moderate
 from pgjax.serving.service import Service
@@ -86,34 +85,35 @@ async def models(service: Service, request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [one]})
 
 
-async def health(service: Service, request: Request) -> Response:
+async def health(service: Desk, request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-async def readiness(service: Service, request: Request) -> Response:
+async def readiness(service: Desk, request: Request) -> Response:
     healthy = service.healthy()
     return PlainTextResponse("ready\n" if healthy else "not ready\n", 200 if healthy else 503)
 
 
-async def measured(service: Service, request: Request) -> Response:
+async def measured(service: Desk, request: Request) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-ENDPOINTS = {
+Endpoints = dict[tuple[str, str], Callable[[Any, Request], Awaitable[Response]]]  # by method and path
+ALWAYS: Endpoints = {("GET", "/healthz"): health, ("GET", "/readyz"): readiness, ("GET", "/metrics"): measured}
+ENDPOINTS: Endpoints = {
     ("POST", "/v1/guard"): judge,
     ("POST", "/v1/moderations"): moderate,
     ("POST", "/v1/chat/completions"): continue_chat,
     ("GET", "/v1/models"): models,
     ("GET", "/v1/models/{name:path}"): models,
-    ("GET", "/healthz"): health,
-    ("GET", "/readyz"): readiness,
-    ("GET", "/metrics"): measured,
+    **ALWAYS,
 }
 
 
-def make_app(service: Service) -> Starlette:
-    serving, engine = service.serving, service.guard.engine
+def make_app(service: Desk, endpoints: Endpoints = ENDPOINTS) -> Starlette:
+    serving, engine = service.serving, service.model.engine
     fail_open = serving.how.fail_open
+    service.metrics.watch(engine)
     border = Middleware(
         Border,
         metrics=service.metrics,
@@ -124,26 +124,19 @@ def make_app(service: Service) -> Starlette:
         fail_open=fail_open,
     )
 
-    @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        warming = asyncio.create_task(service.warm_up())
-        yield
-        service.ready = False
-        warming.cancel()
-
     def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):  # of the router
             what = "the path takes another method" if error.status_code == 405 else "there is nothing at this path"
             code = "method_not_allowed" if error.status_code == 405 else "not_found"
-            error = Refused(error.status_code, code, f"{what}; routes: {', '.join(f'{method} {path}' for method, path in ENDPOINTS)}")
+            error = Refused(error.status_code, code, f"{what}; routes: {', '.join(f'{method} {path}' for method, path in endpoints)}")
         assert isinstance(error, Refused)
         return refusal(error, request.url.path, fail_open)
 
     app = Starlette(
-        routes=[Route(path, partial(run, service), methods=[method]) for (method, path), run in ENDPOINTS.items()],
+        routes=[Route(path, partial(run, service), methods=[method]) for (method, path), run in endpoints.items()],
         middleware=[border],
         exception_handlers={Refused: refuse, HTTPException: refuse, ClientDisconnect: lambda *_: Response(status_code=GONE)},
-        lifespan=lifespan,
+        lifespan=lambda _: service.running(),
     )
     app.router.redirect_slashes = False  # a redirect has no body: a client of a judging route would not learn what no verdict means
     return app

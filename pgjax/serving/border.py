@@ -58,6 +58,7 @@ class Border:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["name"] = name
 
         def account() -> None:
             """Once, before the end of the answer is sent: whoever has it finds the place free and the request counted."""

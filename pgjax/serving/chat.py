@@ -11,6 +11,7 @@ from pgjax.serving.engine import Ask, Told
 from pgjax.serving.guard import Guard
 from pgjax.serving.requests import Refused
 
+DONE = "data: [DONE]\n\n"
 Refusal = Callable[[Exception], Refused]
 
 
@@ -58,7 +59,7 @@ async def events(
 
     def chunk(delta: dict[str, str], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return _event(head | {"choices": [choice]})
+        return event(head | {"choices": [choice]})
 
     sent = ""
     try:
@@ -76,14 +77,18 @@ async def events(
             yield chunk({"content": rest})
         yield chunk({}, finish(guard, told))
         if with_usage:
-            yield _event(head | {"choices": [], "usage": usage(ask, [told])})
+            yield event(head | {"choices": [], "usage": usage(ask, [told])})
     except Exception as error:
-        said = refused(error)
-        yield _event({"error": {"message": said.message, "type": "server_error", "param": None, "code": said.code}})
+        yield failure(refused(error))
     finally:
         future.cancel()
-    yield "data: [DONE]\n\n"
+    yield DONE
 
 
-def _event(data: dict) -> str:
+def event(data: dict) -> str:
     return f"data: {json.dumps(data)}\n\n"
+
+
+def failure(error: Refused) -> str:
+    """Of a stream that has begun, what stands in place of the rest."""
+    return event({"error": {"message": error.message, "type": "server_error", "param": None, "code": error.code}})

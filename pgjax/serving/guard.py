@@ -16,12 +16,11 @@ from pgjax import automaton as answers
 from pgjax.automaton import id_grid
 from pgjax.config import OODConfig, Recipe
 from pgjax.data.arrays import TooLong
-from pgjax.data.images import shrunk
 from pgjax.data.pipeline import Renderer
 from pgjax.data.schema import MODALITIES, Example, Modality
 from pgjax.serving.calibration import Calibration, read_calibration
 from pgjax.serving.engine import Ask, Told
-from pgjax.serving.model import Model, open_saved, start
+from pgjax.serving.model import Model, check_room, open_saved, start
 from pgjax.serving.scores import forks
 from pgjax.serving.scores import read as read_scores
 from pgjax.serving.verdict import read, verdict
@@ -105,6 +104,7 @@ class Guard(Model):
         """As `Model.load`. `bound` off: nothing holds answers to the format. `calibrated` off: scores as they come. ValueError for a
         calibration beside the model that belongs to another checkpoint.
         """
+        check_room(rows, queue)
         calibration = read_calibration(folder, best) if calibrated else None
         saved = open_saved(folder, best)
         taxonomy, opening = load_taxonomy(saved.recipe.data.taxonomy), _opening(saved.recipe)
@@ -142,8 +142,7 @@ class Guard(Model):
         if policy.renderer.reserved & {example.node, *example.accepted}:
             raise Unfit("reserved", f"{where}: it is about a category that no prompt may show")
         try:
-            share = data.patches // max(len(example.images), 1)
-            images = tuple(shrunk(image, self.recipe.model.vision, share) for image in example.images)
+            images = self.shrunk(example.images)
         except ValueError as error:
             raise Unfit("image not readable", f"{where}: image: {error}") from error
         try:

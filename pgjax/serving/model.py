@@ -13,6 +13,7 @@ from pgjax.automaton import Automaton
 from pgjax.config import Recipe
 from pgjax.conversation import chat_text
 from pgjax.data.arrays import Prompt, prompt_batch
+from pgjax.data.images import shrunk
 from pgjax.generate.law import Law
 from pgjax.serving.engine import Ask, Engine
 from pgjax.tokenizer import never_sampled
@@ -43,6 +44,7 @@ class Model:
         `rows` answers at a time on each device that shares the batch, `queue` requests may wait. `prompt_tokens` stands instead of the
         recipe's data.prompt_tokens; a model has not seen longer prompts in training.
         """
+        check_room(rows, queue)
         return cls(*start(open_saved(folder, best), rows, queue, prompt_tokens, ids=("C1",)))
 
     def close(self) -> None:
@@ -62,11 +64,21 @@ class Model:
         batch = prompt_batch([prompt], self.tokenizer, vision, self.engine.prompt_tokens, data.patches)
         return Ask(batch, int(self.automaton.start_M[0]), np.ones(len(self.automaton.ids) + 2, bool), bound=False, **how)
 
+    def shrunk(self, images: Sequence[bytes]) -> tuple[bytes, ...]:
+        """The pictures, those smaller that take more patches than each one's share. ValueError for one that cannot be read."""
+        share = self.recipe.data.patches // max(len(images), 1)
+        return tuple(shrunk(image, self.recipe.model.vision, share) for image in images)
+
     def text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def check_room(rows: int, queue: int) -> None:
+    if min(rows, queue) < 1:
+        raise ValueError(f"rows {rows} and queue {queue} must be 1 or more")
 
 
 def open_saved(folder: Path, best: bool = False) -> SavedRun:
@@ -75,8 +87,6 @@ def open_saved(folder: Path, best: bool = False) -> SavedRun:
 
 def start(saved: SavedRun, rows: int, queue: int, prompt_tokens: int | None, ids: tuple[str, ...], opening: str = "") -> Started:
     """An engine for the model. `ids` are those that answers under the automaton may name; prompts may have `opening` behind them."""
-    if min(rows, queue) < 1:
-        raise ValueError(f"rows {rows} and queue {queue} must be 1 or more")
     recipe, setup, params, tokenizer = saved
     recipe = replace(recipe, data=replace(recipe.data, prompt_tokens=prompt_tokens or recipe.data.prompt_tokens))
     vocab, limit = recipe.model.text.vocab, recipe.answer.max_tokens

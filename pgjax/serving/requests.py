@@ -185,7 +185,7 @@ class Chat(Body):
             raise Refused(400, "unsupported_parameter", "a stream has one answer; leave out n", "n")
 
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=BaseModel)
 
 
 def parse(model: type[B], data: bytes | bytearray, limits: Limits) -> B:

@@ -9,9 +9,9 @@ from types import FrameType
 
 import uvicorn
 
-from pgjax.serving.app import make_app
+from pgjax.serving.app import ENDPOINTS, Endpoints, make_app
 from pgjax.serving.border import log
-from pgjax.serving.service import Service
+from pgjax.serving.desk import Desk
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -31,8 +31,8 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, with the service told at once that it is to stop."""
 
-    def __init__(self, service: Service):
-        config = uvicorn.Config(make_app(service), lifespan="on", loop="asyncio", http="h11", ws="none", log_config=None)
+    def __init__(self, service: Desk, endpoints: Endpoints = ENDPOINTS):
+        config = uvicorn.Config(make_app(service, endpoints), lifespan="on", loop="asyncio", http="h11", ws="none", log_config=None)
         config.access_log, config.server_header, config.timeout_graceful_shutdown = False, False, math.ceil(service.serving.drain)
         super().__init__(config)
         self.service = service
@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run(service: Service, sock: socket.socket) -> None:
+def run(service: Desk, sock: socket.socket, endpoints: Endpoints = ENDPOINTS) -> None:
     """Serves until SIGTERM or SIGINT, then answers what it has taken, for `drain` seconds at most."""
     lines = logging.StreamHandler(sys.stderr)
     lines.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -53,4 +53,4 @@ def run(service: Service, sock: socket.socket) -> None:
         signal.signal(sig, lambda *_: None)  # uvicorn raises what it caught again when it ends: an end in good order is status 0
     host, port = sock.getsockname()[:2]
     print(f"pgjax: http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    Server(service).run(sockets=[sock])
+    Server(service, endpoints).run(sockets=[sock])

@@ -120,3 +120,21 @@ def free_name(text: str) -> str:
     plain = unicodedata.normalize("NFKC", printable(text, 4 * NAME_LIMIT))
     words = ("link" if _ADDRESS.search(word) and not _INITIALS.fullmatch(word) else word for word in plain.split())
     return " ".join("".join(" " if c in "<>[]{}|`\\" else c for c in " ".join(words)).split())[:NAME_LIMIT] or "unnamed"
+
+
+def readable(verdict: dict) -> str:
+    """A verdict for people."""
+    lines = [f"--- {printable(str(verdict['id']), 80)}"] if "id" in verdict else []
+    why = {"failure": " (no answer is in format: the guard fails closed)", "score": f" (score, from {verdict['threshold'] or 0:.3g})"}
+    lines.append(f"verdict:  {'flagged' if verdict['flagged'] else 'passed'}{why.get(verdict['flagged_by'], '')}")
+    for line in ("request", "response"):
+        score = verdict["scores"][line]
+        calibrated = "" if verdict["calibrated"] else ", not calibrated"
+        sure = "" if score is None else f"  (unsafe: {score:.2f}{calibrated})"
+        lines += [f"{line + ':':<9} {verdict[line]}{sure}"] if verdict[line] else []
+    if verdict["category_id"]:
+        lines.append(f"category: {verdict['category_id']} {verdict['category_name']}")
+    elif verdict["category_name"]:
+        lines.append(f"category: {verdict['category_name']} (its own words: not in the policy)")
+    lines += [f"because:  {verdict['reasoning']}"] if verdict["reasoning"] else []
+    return "\n".join(lines + (["(toy model: not a guard)"] if verdict["not_a_guard"] else []))

@@ -1,11 +1,10 @@
 """The sets to evaluate on, by name: those of the published tables (PAPERS A10) and some more."""
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pgjax.data.sources.files import Read
+from pgjax.data.sources.files import Read, choose
 from pgjax.data.sources.pictures import beavertails_v, figstep, llavaguard, mossbench
 from pgjax.data.sources.responses import aegis2, beavertails, wildguard, xstest_response
 from pgjax.data.sources.texts import (
@@ -54,11 +53,4 @@ BENCHMARKS = {benchmark.read.__name__: benchmark for benchmark in _ALL}
 
 def read_benchmark(name: str, root: Path, taxonomy: Taxonomy) -> Read:
     """The set's rows, of both splits. ValueError for an unknown name, for a set that is not below `root`, and for a wrong row."""
-    if name not in BENCHMARKS:
-        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(BENCHMARKS)}"
-        raise ValueError(f"there is no benchmark {name[:40]!r}; {hint}")
-    benchmark = BENCHMARKS[name]
-    if benchmark.where and not any(root.glob(benchmark.where)):
-        raise ValueError(f"benchmark {name}: {root / benchmark.where} is not there; get the set from {benchmark.origin}")
-    return benchmark.read(root, taxonomy)
+    return choose("benchmark", name, BENCHMARKS, root).read(root, taxonomy)

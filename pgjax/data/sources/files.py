@@ -1,6 +1,7 @@
-"""What the readers share of files: where the data lies, lines and tables with their traps; and the split of a group."""
+"""What the readers share of files: where the data lies, lines and tables with their traps; groups and their split."""
 
 import csv
+import difflib
 import gzip
 import hashlib
 import io
@@ -9,14 +10,15 @@ import lzma
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pgjax.data.schema import Example, Label
 
 csv.field_size_limit(2**24)  # texts may be longer than the 128 KiB that the module takes by itself
 HELD_OUT = 5  # one group in so many is held out
+BATCH = 64  # rows of a parquet file decoded at once
 
 
 class Read(NamedTuple):
@@ -64,11 +66,35 @@ def gather(rows: Iterable[Example | str]) -> Read:
     return Read(examples, left_out)
 
 
+class Published(Protocol):
+    """A set as its table lists it."""
+
+    @property
+    def where(self) -> str | None: ...  # its file below the root, or a glob pattern for several; None: it comes with this package
+    @property
+    def origin(self) -> str: ...  # where it is published
+
+
+Set = TypeVar("Set", bound=Published)
+
+
+def choose(kind: str, name: str, sets: Mapping[str, Set], root: Path) -> Set:
+    """The set of that name. ValueError for an unknown name, with the nearest one, and for a set that is not below `root`."""
+    if name not in sets:
+        near = difflib.get_close_matches(name, sets, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sets)}"
+        raise ValueError(f"there is no {kind} {name[:40]!r}; {hint}")
+    where = sets[name].where
+    if where and not any(root.glob(where)):
+        raise ValueError(f"{kind} {name}: {root / where} is not there; get the set from {sets[name].origin}")
+    return sets[name]
+
+
 def data_root(root: str | None) -> Path:
     """The folder of public sets: `data.root`, else the environment variable PGJAX_DATA. ValueError when neither names a folder."""
     chosen = root or os.environ.get("PGJAX_DATA")
     if not chosen:
-        raise ValueError("public data: set PGJAX_DATA, or --data.root (evaluate: --data), to the folder that holds the sets")
+        raise ValueError("public data: set PGJAX_DATA, or --data.root (evaluate: --data, synthesize: --root), to the sets' folder")
     if not Path(chosen).is_dir():
         raise ValueError(f"public data: {chosen} is no folder; set --data.root or PGJAX_DATA to the one that holds the sets")
     return Path(chosen)
@@ -149,19 +175,24 @@ def read_csv(path: Path, columns: Iterable[str]) -> list[Row]:
 
 
 def read_parquet(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) -> list[Row]:
-    """Only these columns are decoded; ValueError when one of `columns` is missing."""
+    """All of `parquet_rows`."""
+    return list(parquet_rows(path, columns, optional))
+
+
+def parquet_rows(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) -> Iterator[Row]:
+    """Row by row, since files of pictures may not fit. Only these columns are decoded; ValueError when one of `columns` is missing."""
     from pyarrow import ArrowException  # here, since it takes a tenth of a second that no other reader needs
     from pyarrow.parquet import ParquetFile
 
-    data = io.BytesIO(read_bytes(path))
     try:
-        file = ParquetFile(data)
-        names = file.schema_arrow.names
-        _check_columns(path, columns, names)
-        table = file.read([*columns, *(c for c in optional if c in names)])
+        with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # by itself it fetches the whole file ahead
+            names = file.schema_arrow.names
+            _check_columns(path, columns, names)
+            batches = file.iter_batches(BATCH, columns=[*columns, *(c for c in optional if c in names)])
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield Row(path, number, row)
     except (ArrowException, OSError) as error:
         raise ValueError(f"public data: {path} is broken ({str(error).splitlines()[0]}); fetch it again") from None
-    return [Row(path, number, row) for number, row in enumerate(table.to_pylist(), 1)]
 
 
 def _check_columns(path: Path, columns: Iterable[str], there: Iterable[str]) -> None:
@@ -185,6 +216,19 @@ def order_of(group: str) -> int:
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8])
 
 
+def first_groups(examples: list[Example], limit: int) -> list[Example]:
+    """At most so many rows, whole groups in an order by a hash of their names; of a larger first group its first rows."""
+    ordered = sorted(examples, key=lambda example: (order_of(example.group), example.group, example.id))
+    while 0 < limit < len(ordered) and ordered[limit - 1].group == ordered[limit].group != ordered[0].group:
+        limit -= 1
+    return ordered[:limit]
+
+
 def text_group(text: str) -> str:
     """One group for texts that differ in case, spaces or punctuation at most, so that copies never part over splits, nor over sets."""
     return "text-" + hashlib.sha256(re.sub(r"[\W_]+", " ", text.casefold()).strip().encode()).hexdigest()[:16]
+
+
+def image_group(data: bytes) -> str:
+    """One group for all that is asked about a picture, in whatever set it occurs."""
+    return "image-" + hashlib.sha256(data).hexdigest()[:16]

@@ -1,6 +1,9 @@
-"""What the rewriter learns from and is measured on: a request with its picture, and answers to it where the source brings some."""
+"""What the rewriter learns from and is measured on: a request with its picture, and answers to it where the source brings some.
 
-from collections import Counter
+Pictures are many and an item holds its bytes, so that readers (sources/rewriting.py) are iterators of `Item | str`: the items one by
+one, and for every row that is left out the reason. Who consumes one keeps what it wants and counts the reasons as they come by.
+"""
+
 from typing import NamedTuple
 
 from pgjax.data.schema import Example
@@ -13,8 +16,3 @@ class Item(NamedTuple):
     example: Example
     safe: str | None  # a safe answer Y_safe
     unsafe: str | None  # an unsafe one Y_unsafe
-
-
-class Items(NamedTuple):
-    items: list[Item]
-    left_out: Counter[str]  # rows not used, by reason

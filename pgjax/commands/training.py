@@ -1,0 +1,105 @@
+"""Subcommands that train, and that look at what training uses or has left."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from pgjax.commands.start import no_more, recipe_of, start_jax
+
+
+def train(args: argparse.Namespace, rest: list[str]) -> None:
+    recipe = recipe_of(args, rest)
+    start_jax(recipe.devices)
+    from pgjax.grpo.trainer import train
+
+    run = Path(args.runs) / recipe.name
+    summary = train(recipe, run, args.fresh, args.profile)
+    print(json.dumps(summary, indent=2))
+    print(f"run: {run}")
+
+
+def sft(args: argparse.Namespace, rest: list[str]) -> None:
+    recipe = recipe_of(args, rest)
+    start_jax(recipe.devices)
+    from pgjax.rewriter.lessons import read_lessons
+    from pgjax.sft.trainer import train
+
+    run = Path(args.runs) / recipe.name
+    summary = train(recipe, run, *read_lessons(recipe.data), args.fresh)
+    print(json.dumps(summary, indent=2))
+    print(f"run: {run}")
+
+
+def demo(args: argparse.Namespace, rest: list[str]) -> None:
+    from pgjax.demo import demo
+
+    recipe = dataclasses.replace(recipe_of(args, rest), name="demo")  # a folder of its own: each demo starts over
+    start_jax(recipe.devices)
+    demo(recipe, Path(args.runs) / recipe.name)
+
+
+def score(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    start_jax(0)
+    import jax
+
+    from pgjax.completions import open_model, read_row, score_rows
+    from pgjax.data.jsonl import read_jsonl
+
+    jax.config.update("jax_default_matmul_precision", "highest" if args.dtype == "float32" else None)  # accelerators would round
+    lines = read_jsonl(args.jsonl)
+    setup, params, tokenizer = open_model(Path(args.model), args.dtype, args.max_pixels)
+    rows = [read_row(line, tokenizer, setup.model.config) for line in lines]
+    for row in score_rows(rows, setup, params, tokenizer):
+        mean = sum(row["logprobs"]) / len(row["tokens"])
+        words = f"{row['id']}: {len(row['tokens'])} tokens, mean logprob {mean:.4f}, perplexity {row['perplexity']:.4g}"
+        print(json.dumps(row) if args.json else words, flush=True)
+
+
+def export(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    start_jax(0)
+    from pgjax.export import export
+
+    print(f"checkpoint: {export(Path(args.run_folder), Path(args.folder), args.best, args.dtype)}")
+
+
+def reward(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    start_jax(0)
+    from pgjax.data.jsonl import read_jsonl
+    from pgjax.explain import explain, table
+    from pgjax.taxonomy import load_taxonomy
+
+    taxonomy = load_taxonomy(args.taxonomy)
+    explained = explain(read_jsonl(args.jsonl), taxonomy, args.variant, args.think_tag, args.embedder, args.bank)
+    print(json.dumps(explained) if args.json else table(explained))
+
+
+def bank(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    start_jax(0)
+    from pgjax.bank import build_bank, calibrate, load_bank, save_bank
+    from pgjax.models.sentence_encoder import load_embedder
+    from pgjax.taxonomy import load_taxonomy
+
+    taxonomy, embedder = load_taxonomy(args.taxonomy), load_embedder(args.embedder)
+    exclude = tuple(args.exclude)
+    made = build_bank(taxonomy, embedder, exclude) if args.action == "build" else load_bank(args.bank, taxonomy, embedder, exclude)
+    if args.action == "calibrate":
+        made, report = calibrate(made, taxonomy)
+        print("\n".join(report.lines()))
+    save_bank(args.bank, made)
+    print(f"bank: {args.bank}")
+
+
+def report(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.sft import report as sft
+    from pgjax.train import report as grpo
+    from pgjax.train.run_folder import read_config
+
+    run, recipe = Path(args.folder), read_config(args.folder)
+    page = sft.write_report(run) if recipe.data.name == "rewriter" else grpo.write_report(run, recipe.shows_content)
+    print(f"report: {page}")
