@@ -19,9 +19,11 @@ from toy_lessons import tiny_rewriter, write_lessons
 
 from pgjax.cli import main
 from pgjax.config import Recipe
+from pgjax.data.images import capped, image_grid, slot_count
 from pgjax.generate.law import Law
 from pgjax.models.qwen_vl import QwenVL
 from pgjax.parallel.mesh import place_rows
+from pgjax.recipes import load_recipe, validate
 from pgjax.rewriter.lessons import read_lessons
 from pgjax.rewriter.record import rewriter_messages
 from pgjax.serving.model import Model
@@ -286,3 +288,13 @@ def test_the_report(run, capsys):
     for words in ("Loss", "Gradient norm", "Padding", "Tokens per second", "held-out perplexity", "all but the vision tower", "6 of 6"):
         assert words in page
     assert "harm" not in page, "nothing of what lessons say"
+
+
+# --- the recipes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_recipes_fit_their_machines():
+    toy, large = load_recipe("toy_rewriter"), load_recipe("rewriter_7b")
+    assert validate(toy).not_a_guard and validate(dataclasses.replace(large, devices=8)) and not large.not_a_guard
+    largest = image_grid((3000, 2000), capped(large.model.vision, large.data.max_pixels))
+    assert slot_count(largest, large.model.vision) <= large.data.patches, "no picture is too large"
