@@ -81,7 +81,7 @@ class Twins:
         self.calls += 1
         if any(word in request for word in self.lost):
             return Rewritten(request, None, "fallback", 3, 0.5)
-        if images[0] != RED:
+        if RED not in images:
             return Rewritten(request, None, "unchanged", 10, 0.5)
         prompt = request.replace("steal", "clean").replace("forge", "paint")
         return Rewritten(prompt, None, "unchanged" if prompt == request else "changed", 20, 0.5)
