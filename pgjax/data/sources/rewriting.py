@@ -98,8 +98,8 @@ def spa_vl(root: Path, taxonomy: Taxonomy) -> Items:
     `image` (an object with `bytes`), `question`; `chosen` and `rejected` but for the test; `class3` but for training.
 
     The preferred answer counts as safe, the other as unsafe. A question has no label of its own; each is asked about a picture found for
-    a class of harm, so all count as unsafe. Where there is no class it is unknown, and nothing can be withheld by it: put hash matching before the training part. test/help-*,
-    by which helpfulness is measured, says nothing about safety and is not read.
+    a class of harm, so all count as unsafe. Where there is no class it is unknown, and nothing can be withheld by it: put hash matching
+    before the training part. test/help-*, by which helpfulness is measured, says nothing about safety and is not read.
     """
     labels = LabelMap("spa_vl", taxonomy)
     answers = ("chosen", "rejected")
