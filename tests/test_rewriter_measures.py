@@ -35,7 +35,7 @@ ROWS = [
 ]
 
 
-ABOUT = {"about": {"at a time": 8}, "notes": []}
+ABOUT = {"about": {"requests at a time": 8}, "notes": []}
 
 
 def same(got: dict, wanted: dict) -> None:

@@ -203,7 +203,7 @@ async def answer(job: Job, sets: Mapping[str, Set]) -> tuple[list[Row], dict, li
             "targets": ", ".join(target.name for target in targets),
             "rows of each set": f"at most {job.limit}" if job.limit else "all",
             "seed": job.seed,
-            "at a time": job.limits.concurrency * len(targets),
+            "requests at a time": job.limits.concurrency * len(targets),
             "calls": report.counted(sum((one.endpoint.counts for one in opened.values()), Counter())),
         }
         notes = [KEPT.format(one.kept, len(one.asked), one.name) for one in opened.values() if one.kept]

@@ -138,10 +138,8 @@ def cost(summary: dict) -> Iterator[Table]:
             added = [figure(one, f"added_{what}", 1, digits, False) for what, digits in (("calls", 2), ("tokens", 0), ("seconds", 2))]
             rows.append((f"{name}, {part}: {label}", *added, figure(one, "seconds", 1, 2, False)))
     note = "Means per request that was answered. Added: beside the call that gave the answer, tokens as those calls wrote them. Calls of a "
-    note += (
-        f"request follow each other. Seconds are under load, with {summary['about']['at a time']} requests at a time, and the time in a "
-    )
-    note += "queue is among them; an answer that was kept counts with the seconds that it took when it was made."
+    note += f"request follow each other. Seconds are under load, with {summary['about']['requests at a time']} requests at a time: waiting "
+    note += "for others is among them. An answer that was kept counts with the seconds that it took when it was made."
     yield Table("All", "Cost", ("defence", "calls added", "tokens added", "seconds added", "seconds in all"), rows, note)
 
 
