@@ -47,8 +47,10 @@ def read_record(text: str, kind: type[R]) -> R:
             record = kind.model_validate(value)
         except ValidationError as error:
             wrong = _first_error(error)
-        except (ValueError, RecursionError):
+        except ValueError:
             wrong = "the JSON object is broken"
+        except RecursionError:  # nor would what lies within end soon
+            wrong, end = "the JSON object is broken", len(text)
         start = text.find("{", end)
     if record is None:
         raise Unparsed(wrong)
