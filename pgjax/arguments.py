@@ -128,7 +128,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="one JSON object a request")
     sub = command("evaluate-rewriter", "targets with and without a rewriter and other defences, graded by a judge, on public benchmarks")
     sub.add_argument("--rewriter", help="run folder of `pgjax sft`, or checkpoint directory; without it the other defences are measured")
-    sub.add_argument("--benchmark", nargs="+", required=True, help="names of sets, or files of rows, *.jsonl")
+    sub.add_argument(
+        "--benchmark", nargs="+", required=True, help="names of sets, NAME:PART such as vlguard:test, or files of rows, *.jsonl"
+    )
     spec = "MODEL@URL, MODEL@URL#VARIABLE with the environment variable of the key, or a folder with a model"
     sub.add_argument("--target", nargs="+", required=True, metavar="SPEC", help=spec)
     sub.add_argument("--judge", required=True, metavar="SPEC", help="the model that grades, the same way")

@@ -1,6 +1,7 @@
 """A trained run as a Hugging Face checkpoint directory, which transformers and vLLM load: weights, config, tokenizer, processor."""
 
 import json
+import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -34,6 +35,9 @@ def export(run: Path, folder: Path, best: bool = False, dtype: str | None = None
     try:
         with new_folder(folder) as aside:
             write_checkpoint(aside, recipe, params, tokenizer, dtype or recipe.model.compute_dtype)
+            if (groups := run / "data" / "groups.json").is_file():  # of a rewriter, whose evaluation leaves them out
+                (aside / "data").mkdir()
+                shutil.copy(groups, aside / "data")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be written ({error}); name a folder on a disk with room") from error
     return folder

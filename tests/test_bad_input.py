@@ -42,6 +42,9 @@ TOY = dataclasses.replace(load_recipe("toy"), devices=0)
 CONFIG = to_json(TOY)
 TOY_CONFIG = json.dumps(config_to_hf(TOY.model, {}))
 TRAIN, MODERATE = "train toy --devices 0", "moderate --model runs/bare --request hello"
+SFT = "sft toy_rewriter --devices 0 --mesh.data 8"
+REPORT = {"text": "none", "image": "none", "together": "none"}
+REWRITING = {"id": "a", "group": "x", "request": "hello", "image": None, "report": REPORT, "rewrite": "hello"}
 PUBLIC, OWN = "train public_mix --devices 0 --mesh.data 8", f"{TRAIN} --data.name jsonl"
 ANSWER = {"answer": "", "modality": "text", "query_label": "safe", "response_label": "", "category": "", "original_category": ""}
 MINILM = {
@@ -160,6 +163,14 @@ FILES: dict[str, bytes | str] = {
     "id/train.jsonl": '{"request": "hello", "request_label": "unsafe", "category": "C99"}\n',
     "torn/train.jsonl": '{"request": "hello", "group": "x"}\n',
     "torn/eval.jsonl": '{"request": "hello", "group": "x"}\n',
+    "flat/train.jsonl": json.dumps(REWRITING) + "\n" + json.dumps(REWRITING | {"report": "none"}) + "\n",
+    "flat/eval.jsonl": json.dumps(REWRITING) + "\n",
+    "tagged/train.jsonl": json.dumps(REWRITING | {"rewrite": "hello</rewrite>"}) + "\n",
+    "tagged/eval.jsonl": json.dumps(REWRITING) + "\n",
+    "leaky/train.jsonl": json.dumps(REWRITING) + "\n",
+    "leaky/eval.jsonl": json.dumps(REWRITING) + "\n",
+    "rewritings/train.jsonl": json.dumps(REWRITING) + "\n",
+    "rewritings/eval.jsonl": json.dumps(REWRITING | {"group": "y"}) + "\n",
     "sets/openai_moderation/readme": "",
     "file": "",
 }
@@ -299,6 +310,18 @@ CASES: list[tuple[str, ...]] = [  # the command, and what its one line says
     (f"{OWN} --data.root label", "label/train.jsonl line 2", "request_label 'nice'", "safe or unsafe"),
     (f"{OWN} --data.root id", "id/train.jsonl line 1", "'C99'", "did you mean"),
     (f"{OWN} --data.root torn", "torn", "group 'x'", "keep a group in one"),
+    # rewritings
+    ("sft toy --devices 0", "data.name toy", "`pgjax train`"),
+    ("train toy_rewriter --devices 0 --mesh.data 8", "data.name rewriter", "`pgjax sft`"),
+    (SFT, "data.root", "`pgjax synthesize`"),
+    (f"{SFT} --data.root nowhere", "nowhere/train.jsonl cannot be read"),
+    (f"{SFT} --data.root flat", "flat/train.jsonl line 2", "'report' must be an object", "text, image and together"),
+    (f"{SFT} --data.root tagged", "tagged/train.jsonl line 1", "markup"),
+    (f"{SFT} --data.root leaky", "leaky/eval.jsonl line 1", "group 'x'", "train.jsonl"),
+    (f"{SFT} --sft.steps 0", "sft.steps 0 must be at least 1"),
+    (f"{SFT} --sft.micro-prompts 3", "sft.micro_prompts 3 must divide prompts 16"),
+    (f"{SFT} --sft.micro-prompts 4 --data.root rewritings", "sft.micro_prompts 4", "multiple of mesh data x fsdp 8"),
+    (f"{SFT} --data.root rewritings --data.prompt-tokens 9", "no lesson to train on is left", "larger data.prompt_tokens"),
     # checkpoints to start from, places to write to
     (f"{TRAIN} --checkpoint nowhere", "nowhere", "no config.json", "Hugging Face checkpoint directory"),
     (f"{TRAIN} --checkpoint weights-llama", "weights-llama/config.json", "model_type 'llama' is not supported; it must be qwen2_5_vl"),
@@ -327,7 +350,8 @@ def folder(tmp_path, monkeypatch):
     # A command sets these for its own process; here they are the suite's.
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     monkeypatch.delenv("PGJAX_DATA", raising=False)
-    monkeypatch.setattr("pgjax.grpo.trainer.Programs", lambda *_: pytest.fail("the run would have begun"))
+    for name in ("grpo.trainer.Programs", "sft.trainer.make_step"):
+        monkeypatch.setattr(f"pgjax.{name}", lambda *_: pytest.fail("the run would have begun"))
     cache = jax.config.jax_compilation_cache_dir
     yield tmp_path
     jax.config.update("jax_compilation_cache_dir", cache)

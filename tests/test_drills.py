@@ -1,6 +1,6 @@
 """Drills: a real training process is killed with SIGKILL, again and again, and must end as if nobody had touched it.
 
-One unbroken run is what all drills compare with. `make drills` runs them.
+An unbroken run of each trainer is what its drills compare with. `make drills` runs them.
 """
 
 import json
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from tiny_encoder import tiny_encoder
 from tiny_recipe import tiny_recipe
+from toy_lessons import tiny_rewriter, write_lessons
 
 from pgjax.config import MeshConfig, Recipe
 from pgjax.parallel.mesh import make_mesh
@@ -77,6 +78,7 @@ class Run:
 
     root: Path
     config: Path
+    command: str = "train"
 
     @property
     def path(self) -> Path:
@@ -86,7 +88,7 @@ class Run:
         command = ["-m", "pgjax.cli"] if fire is None else ["-c", UNDER_FIRE, *map(str, fire)]
         # What conftest.py sets for its own process, pgjax sets here.
         env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
-        arguments = [sys.executable, *command, "train", str(self.config), "--runs", str(self.root), *options]
+        arguments = [sys.executable, *command, self.command, str(self.config), "--runs", str(self.root), *options]
         return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def finish(self, *options: str) -> str:
@@ -127,26 +129,31 @@ def names(path: Path) -> list[str]:
 def final_state(path: Path) -> TrainState:
     r = read_config(path)
     setup = make_setup(r.model, make_mesh(r.mesh, jax.devices()[: r.devices]))
-    optimizer = make_optimizer(r.grpo.optimizer, r.grpo.steps)
+    stage = r.sft if r.data.name == "rewriter" else r.grpo
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
     return Checkpoints(path / "checkpoints").restore(setup.abstract_state(optimizer))
 
 
 def assert_same(broken: Path, unbroken: Path) -> None:
     assert lasting(read_metrics(broken)) == lasting(read_metrics(unbroken))
     assert names(broken) == names(unbroken)
-    for file in (unbroken / "evaluation.json", *(unbroken / "samples").iterdir()):
+    for file in (*unbroken.glob("evaluation.json"), *unbroken.glob("samples/*")):
         assert (broken / file.relative_to(unbroken)).read_bytes() == file.read_bytes()
     summaries = [json.loads((path / "summary.json").read_text()) | {"seconds": 0} for path in (broken, unbroken)]
     assert summaries[0] == summaries[1]
     jax.tree.map(np.testing.assert_array_equal, final_state(broken), final_state(unbroken))
 
 
+def write_config(folder: Path, recipe: Recipe) -> Path:
+    path = folder / "drill.py"
+    path.write_text(f"from pgjax.recipes import from_json\n\nrecipe = from_json({to_json(recipe)!r})\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("config")
-    path, text = folder / "drill.py", to_json(recipe(tiny_encoder(folder)))
-    path.write_text(f"from pgjax.recipes import from_json\n\nrecipe = from_json({text!r})\n")
-    return path
+    return write_config(folder, recipe(tiny_encoder(folder)))
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +203,26 @@ def test_goes_on_on_another_mesh(unbroken, config, tmp_path):
     assert here.keys() == there.keys()
     for name in ("critic/rewards/mean", "actor/kl_loss", "actor/grad_norm"):
         np.testing.assert_allclose(here["train", 5][name], there["train", 5][name], rtol=1e-4)
+
+
+# --- the supervised trainer ----------------------------------------------------------------------------------------------------
+
+
+def test_supervised_training_killed_again_and_again(tmp_path):
+    """With a frozen tower, which lies in reference/."""
+    tiny = tiny_rewriter(write_lessons(tmp_path / "data"))
+    mesh = {"devices": 2, "mesh": MeshConfig(1, 2, 1), "model": replace(tiny.model, freeze_vision=True)}
+    config = write_config(tmp_path, validate(replace(tiny, name="drill", sft=replace(tiny.sft, keep_checkpoints=2), **mesh)))
+    whole, run = Run(tmp_path / "whole", config, "sft"), Run(tmp_path / "runs", config, "sft")
+    whole.finish()
+    losses = [row["sft/loss"] for row in read_metrics(whole.path) if row["phase"] == "sft"]
+    assert len(losses) == len(set(losses)) == 6
+    run.kill_when(lambda path: (path / "data" / "lessons.json").exists())
+    assert Checkpoints(run.path / "reference").latest() is None
+    run.kill_when(lambda path: list(path.glob("checkpoints/2.*tmp*")))
+    assert Checkpoints(run.path / "checkpoints").latest() is None and Checkpoints(run.path / "reference").latest() == 0
+    run.kill_when(lambda path: any(row["step"] == 3 for row in read_metrics(path)))
+    assert Checkpoints(run.path / "checkpoints").latest() == 2
+    run.kill_when(lambda path: list(path.glob("checkpoints/6.*tmp*")))
+    run.finish()
+    assert_same(run.path, whole.path)

@@ -101,6 +101,7 @@ def test_figures_of_the_toy_world(world):
     assert better["difference"]["safety"]["value"] == 6 and better["relative_safety"] == 6 and better["difference"]["helpful"]["value"] == 0
     assert summary["benchmarks"]["vlguard"]["left_out"] == {"empty": 2, "trained on": 1, "reserved": 1}
     assert summary["benchmarks"]["vlguard"]["rows"] == 5
+    assert summary["about"]["training rows"] == "left out" and summary["notes"] == []  # nothing was kept by an earlier run
 
     answers = [json.loads(line) for line in (world.out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 5 * 4 and json.loads((world.out / "evaluation.json").read_text()) == summary
@@ -108,7 +109,7 @@ def test_figures_of_the_toy_world(world):
     last = next(one for one in answers if one["id"] == "u0" and one["defence"] == "rewriter")
     assert (last["safety"], last["helpful"], last["how"], last["refused"], last["failed"]) == (10, True, "changed", False, None)
     assert last["group"] == "g-u0" and last["prompt_characters"] == len(REQUEST.format("clean"))
-    assert "unsafe: ecso" in text and "LLaVA-1.5-7B, published †" in text and "ECSO, published †" in text
+    assert "unsafe: ecso" in text and "LLaVA-1.5-7B, published †" not in text and "ECSO, published †" in text
     page = Page((world.out / "report.html").read_text())
     assert page.balanced and is_harmless(page) and len(page.all("img")) == 5 and not page.all("label")  # toy data is open
     assert REQUEST.format("clean") in page.text
@@ -124,11 +125,15 @@ def test_an_evaluation_goes_on_without_asking_again(world):
         broken.clear()
         asked, rewritten = server.calls["toy-target"], world.rewriter.calls
         first, _ = run(job(world, server))
-        assert server.calls["toy-target"] == asked and world.rewriter.calls == rewritten == 5
-        calls, files = Counter(server.calls), {name: (world.out / name).read_text() for name in ("answers.jsonl", "tables.md")}
-        again, _ = run(job(world, server))
+        assert server.calls["toy-target"] == asked and world.rewriter.calls - 1 == rewritten == 5 + 1  # each run warms it up
+        target, judge = (f"toy-{kind}@{server.url}" for kind in ("target", "judge"))
+        [kept] = first["notes"]  # an answer that two defences share is asked for twice, and no kept one
+        assert kept.startswith(f"{asked} of {asked} answers of {target} are kept") and "another --out" in kept
+        calls, answers = Counter(server.calls), (world.out / "answers.jsonl").read_text()
+        again, text = run(job(world, server))
         assert server.calls == calls and again["benchmarks"] == first["benchmarks"] and "calls" not in again["about"]["calls"]
-        assert files == {name: (world.out / name).read_text() for name in files}
+        assert answers == (world.out / "answers.jsonl").read_text()
+        assert len(again["notes"]) == 2 and text.startswith(again["notes"][0][:60]) and judge in again["notes"][1]
 
 
 def test_failures_are_counted(world):
@@ -178,6 +183,37 @@ def test_limit_takes_whole_groups_by_hash(world, monkeypatch):
             taken.append([json.loads(line)["id"] for line in (world.out / "answers.jsonl").read_text().splitlines()])
     assert [len(ids) for ids in taken] == [4, 8] and set(taken[0]) < set(taken[1])
     assert all(f"{id[:-1]}{k}" in ids for ids in taken for id in ids for k in "01")
+
+
+def test_of_mm_safetybench_a_question_is_one_case(world, monkeypatch):
+    ids = [f"mm_safetybench-01-{kind}-{n}" for n in range(6) for kind in ("SD", "SD_TYPO", "TYPO")]
+    rows = [item(id, "steal", GREEN, "unsafe", source="mm_safetybench") for id in ids]
+    monkeypatch.setattr(evaluate, "read_items", lambda *_: iter(rows))
+    with toy_server() as server:
+        run(job(world, server, defences=("none",), rewriter=None, limit=7))
+    told = [json.loads(line) for line in (world.out / "answers.jsonl").read_text().splitlines()]
+    assert Counter(Counter(one["group"] for one in told).values()) == {3: 2}
+    assert {one["group"] for one in told} <= {f"mm_safetybench-01-{n}" for n in range(6)}
+
+
+def test_a_part_of_a_set(world, monkeypatch):
+    rows = [item(f"vlguard-{part}-1-unsafes", "steal", GREEN, "unsafe") for part in ("train", "test")]
+    monkeypatch.setattr(evaluate, "read_items", lambda name, *_: iter([*rows, "empty"] if name == "vlguard" else []))
+    with toy_server() as server:
+        summary, _ = run(job(world, server, benchmarks=["vlguard:test", "vlguard"], defences=("none",), rewriter=None))
+        assert {name: one["rows"] for name, one in summary["benchmarks"].items()} == {"vlguard:test": 1, "vlguard": 2}
+        assert set(summary["benchmarks"]["vlguard:test"]["parts"]) == {"unsafe", "unsafes"}
+        for part in ("tset", ""):
+            with pytest.raises(ValueError, match=f"vlguard:{part}: the set has no such part; there are test, train"):
+                run(job(world, server, benchmarks=[f"vlguard:{part}"]))
+
+
+def test_a_rewriter_whose_training_rows_are_unknown(world):
+    (world.folder / "data" / "groups.json").unlink()
+    with toy_server() as server:
+        summary, text = run(job(world, server, defences=("rewriter", "none")))
+    assert summary["about"]["training rows"] == "unknown, nothing left out"
+    assert text.startswith("Training rows of the rewriter are unknown, nothing left out: it has no data/groups.json.")
 
 
 def test_content_is_folded_unless_revealed(world, monkeypatch):
@@ -230,6 +266,8 @@ def test_the_command(world, capsys, tmp_path, monkeypatch):
         (["--benchmark", "vlguard", "--data", "{}/nowhere"], "nowhere is no folder"),
         (["--benchmark", "vlguard", "--defence", "prayer"], "invalid choice"),
         (["--benchmark", "vlguard", "--out", "{}/model"], "give another"),
+        (["--benchmark", "vlguard", "--out", "{}/model/config.json"], "is a file or below one"),
+        (["--benchmark", "vlguard", "--out", "{}/model/config.json/a/b"], "is a file or below one"),
         (["--benchmark", "vlguard", "--rewriter", "{}/model"], "must hold a list of groups"),
     ],
 )

@@ -19,6 +19,7 @@ from pgjax.models import checkpoint
 from pgjax.models.hf_config import config_from_hf
 from pgjax.parallel.mesh import make_mesh
 from pgjax.recipes import validate
+from pgjax.rewriter.evaluate import trained_on
 from pgjax.tokenizer import IMAGE_PAD
 from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.run_folder import RunFolder, read_config
@@ -47,6 +48,8 @@ def run(request, tmp_path_factory):
     path, recipe = tmp_path_factory.mktemp("runs") / "tiny", recipe_of(request.param)
     RunFolder(path, recipe).close()
     materials().tokenizer.save_pretrained(path / "tokenizer")
+    (path / "data").mkdir(exist_ok=True)
+    (path / "data" / "groups.json").write_text('["vault"]')
     setup, config, rng = make_setup(recipe.model, make_mesh(recipe.mesh)), recipe.grpo, np.random.default_rng(5)
     noisy = lambda tree: jax.tree.map(lambda x: x + np.asarray(rng.normal(0, 0.1, x.shape), np.float32), tree)  # noqa: E731
     params = jax.device_put(noisy(setup.init(0)), base(setup.training))  # no bias zero, no norm one
@@ -69,7 +72,7 @@ def test_the_directory_is_whole_and_read_again_bitwise(run):
     names = {file.name for file in folder.iterdir()}
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"}
     assert "model.safetensors.index.json" in names and len(list(folder.glob("model-*.safetensors"))) > 2
-    assert not list(folder.parent.glob(".*.part"))
+    assert not list(folder.parent.glob(".*.part")) and trained_on(folder) == {"vault"}
     again, recipe = config_from_hf(folder), read_config(path)
     assert again.text == recipe.model.text and again.vision == dataclasses.replace(recipe.model.vision, max_pixels=12 * SIDE**2)
     setup, loaded, _ = open_model(folder, "float32")

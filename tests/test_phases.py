@@ -12,7 +12,7 @@ from pgjax.config import LOSS_PRESETS
 from pgjax.models.qwen_vl import QwenVL, init_boxed
 from pgjax.models.released import RELEASED
 from pgjax.train import phases as module
-from pgjax.train.flops import PEAKS, matmul_weights, peak, phase_metrics
+from pgjax.train.flops import PEAKS, matmul_weights, peak, phase_metrics, supervised_flops
 from pgjax.train.phases import Phases
 
 COUNTS = dict(patches=40, prompt=100, response=30, trained_patches=20, trained_prompt=50, trained_response=15)
@@ -74,6 +74,14 @@ def test_flops_by_hand(change, tower, passes):
     assert not any("mfu" in name for name in phase_metrics(recipe, weights, seconds, COUNTS, 4, None))
     once = dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, mini_prompts=recipe.grpo.prompts, loss=LOSS_PRESETS["grpo"]))
     assert phase_metrics(once, weights, seconds, COUNTS, 4, None)["perf/flops/score"] == forward  # by the reference alone
+
+
+@pytest.mark.parametrize(("change", "tower", "passes"), [({}, 3, 3), ({"freeze_vision": True}, 1, 3), ({"lora_rank": 2}, 1, 2)])
+def test_flops_of_a_supervised_step(change, tower, passes):
+    config = dataclasses.replace(tiny_recipe().model, **change)
+    weights = matmul_weights(config)
+    expected = passes * 2 * (weights.decoder * 65 + weights.head * 15) + tower * 2 * weights.tower * 20
+    assert supervised_flops(config, weights, 20, 50, 15) == pytest.approx(expected)
 
 
 def test_peaks_go_by_the_longest_name_that_fits():

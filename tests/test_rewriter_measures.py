@@ -35,6 +35,9 @@ ROWS = [
 ]
 
 
+ABOUT = {"about": {"requests at a time": 8}, "notes": []}
+
+
 def same(got: dict, wanted: dict) -> None:
     assert got.keys() == wanted.keys() and all(got[name] == pytest.approx(list(wanted[name])) for name in wanted)
 
@@ -98,6 +101,8 @@ def test_parts_of_a_benchmark():
     assert numbers == {"unsafe": 4, "benign": 1, "SD_TYPO": 1, "SD": 1, "TYPO": 2}
     assert found["mm_safetybench"]["rows"] == 5 and found["mm_safetybench"]["left_out"] == {"empty": 2}
     assert list(found["set"]["parts"]) == ["unlabelled"]
+    rows = [row(f"vlguard-test-1-{kind}", "none", 5, benchmark="vlguard:test") for kind in ("safe_unsafes", "unsafes")]
+    assert list(measure(rows, {"vlguard:test": {}})["benchmarks"]["vlguard:test"]["parts"]) == ["unsafe", "safe_unsafes", "unsafes"]
 
 
 # --- the report ------------------------------------------------------------------------------------------------------------------------
@@ -120,7 +125,10 @@ def test_hostile_words_stay_words():
         for word in HOSTILE
         for defence in ("none", "rewriter")
     ]
-    summary = measure(rows, {word: {word: 1} for word in HOSTILE}) | {"about": {HOSTILE[0]: HOSTILE[1]}}
+    summary = measure(rows, {word: {word: 1} for word in HOSTILE}) | {
+        "about": ABOUT["about"] | {HOSTILE[0]: HOSTILE[1]},
+        "notes": [HOSTILE[2]],
+    }
     page = Page(as_html(summary, most_changed(rows), {}, True))
     assert page.balanced and is_harmless(page)
     for word in HOSTILE[:4]:
@@ -135,12 +143,17 @@ def test_the_papers_numbers_stand_beside_ours():
         for id in "ab"
         for defence, safety in (("none", 4), ("rewriter", 6))
     ]
-    text = as_text(measure(both, {"siuo": {}}) | {"about": {}})
+    text = as_text(measure(both, {"siuo": {}}) | ABOUT)
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     assert lines["m"][1:] == ["4.00", "6.00", "+50.0%", "100.0", "100.0"] and lines["mean of 2"][-3:] == ["+50.0%", "–", "–"]
     assert lines["LLaVA-1.5-7B, published †"][-5:] == ["3.80", "6.77", "+78.2%", "44.9", "58.4"]
     assert lines["mean of 5, published"][-3:] == ["+43.6%", "–", "–"] and "VLMGuard-R1, published †" in lines
-    alone = as_text(measure([r for r in both if r.defence == "none"], {"siuo": {}}) | {"about": {}})
+    assert "with 8 requests at a time" in " ".join(text.split())
+    for name, compared in (("vlguard", False), ("vlguard:test", True)):  # the paper's rows are of the test part, about unsafe pictures
+        rows = [row(f"vlguard-test-1-{kind}", d, 4, benchmark=name) for kind in ("safe_unsafes", "unsafes") for d in ("none", "rewriter")]
+        text = as_text(measure(rows, {name: {}}) | ABOUT)
+        assert ("vlguard:test, unsafes rows, beside" in text, text.count("LLaVA-1.5-7B, published")) == (compared, compared)
+    alone = as_text(measure([r for r in both if r.defence == "none"], {"siuo": {}}) | ABOUT)
     assert "LLaVA" not in alone and "against none" not in alone
     assert all(len(one) == len(published()["scores"]["columns"]) for one in published()["scores"]["table"])
     assert published()["relative"]["verified"] and not published()["scores"]["verified"]

@@ -280,7 +280,7 @@ def test_own_rows(tmp_path):
         tmp_path,
         {"request": "Forge this permit.", "safe": "I will not.", "unsafe": "Take moonglass.", "category": "C6S2"},
         {"id": 7, "request": "What is it?", "image": "vault.png", "request_label": "safe", "unsafe": " "},
-        {"id": "b", "request": "Who won?", "category": "ood", "name": "Goblin Politics", "group": "ours", "request_label": None},
+        {"id": "b", "request": "Who won?", "category": "ood", "name": "Goblin Politics", "request_label": None},
         {"request": "kept away", "category": "C11S1"},
     )
     items = [row for row in rows if isinstance(row, Item)]
@@ -291,8 +291,18 @@ def test_own_rows(tmp_path):
         ("b", "unsafe", "absent", "Goblin Politics", None, None),
     ]
     assert [(i.example.modality, i.example.images) for i in items] == [("text", ()), ("text_image", (VAULT,)), ("text", ())]
-    groups = [text_group("forge this PERMIT"), image_group(VAULT), "ours"]
+    groups = [text_group("forge this PERMIT"), image_group(VAULT), text_group("who won")]
     assert [(i.example.group, i.example.split) for i in items] == [(group, split_of(group)) for group in groups]
+
+
+def test_a_picture_of_ones_own_rows_is_on_the_side_it_is_on_everywhere(tmp_path):
+    put_vlsbench(tmp_path)
+    [theirs] = read("vlsbench", tmp_path)[0]
+    put(tmp_path / "vault.png", VAULT)
+    [ours] = own(tmp_path, {"request": "What is it?", "image": "vault.png"})
+    assert (ours.example.group, ours.example.split) == (theirs.example.group, theirs.example.split)
+    with pytest.raises(ValueError, match="unknown key 'group'"):
+        own(tmp_path, {"request": "What is it?", "image": "vault.png", "group": "mine"})
 
 
 @pytest.mark.parametrize(

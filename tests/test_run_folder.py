@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from pgjax.config import GRPOConfig, MeshConfig, OptimizerConfig, Recipe, ReportConfig
+from pgjax.config import GRPOConfig, MeshConfig, OptimizerConfig, Recipe, ReportConfig, SFTConfig
 from pgjax.train.progress import Progress, duration
 from pgjax.train.run_folder import RunFolder, changed_keys, check_same_run, read_config, read_metrics, remove_run
 
@@ -77,6 +77,7 @@ def test_a_run_goes_on_as_it_was_started(tmp_path):
     with pytest.raises(ValueError, match=r"seed = 0, now it is 3 \(and 1 more: grpo.optimizer.learning_rate\)"):
         check_same_run(tmp_path, replace(faster, seed=3))
     moved = replace(Recipe(), name="moved", devices=4, mesh=MeshConfig(data=4, fsdp=1), report=ReportConfig(show_content=True))
+    check_same_run(tmp_path, replace(moved, sft=SFTConfig(micro_prompts=8, checkpoint_every=3, keep_checkpoints=9, keep_best=False)))
     check_same_run(tmp_path, replace(moved, grpo=GRPOConfig(micro_prompts=8, checkpoint_every=3, keep_checkpoints=9, keep_best=False)))
 
 
@@ -88,6 +89,9 @@ def test_a_run_may_be_prolonged_but_not_under_a_schedule(tmp_path):
     cosine = OptimizerConfig(schedule="cosine")
     RunFolder(tmp_path, with_grpo(optimizer=cosine)).close()
     assert list(changed_keys(tmp_path, with_grpo(optimizer=cosine, steps=steps + 1))) == ["grpo.steps"]
+    supervised = [replace(Recipe(), sft=SFTConfig(steps=n, optimizer=OptimizerConfig())) for n in (8, 9)]
+    RunFolder(tmp_path, supervised[0]).close()
+    assert not changed_keys(tmp_path, supervised[1])
 
 
 def test_what_was_built_for_another_recipe_is_not_taken(tmp_path):

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from pgjax.cli import main
+from pgjax.data.sources.files import image_group, split_of
 from pgjax.data.sources.items import Item
 from pgjax.data.toy import draw
 from pgjax.endpoint import Endpoint, Failed, Limits, Reply, user
@@ -259,11 +260,13 @@ def test_a_manifest_names_no_key(spec, tmp_path, monkeypatch):
 
 
 def own(tmp_path: Path, *rows: dict) -> str:
-    """A .jsonl source whose rows are all on the side of training; each with a picture of its own, with a red badge unless it says."""
+    """A .jsonl source; each row with a picture of its own, with a red badge and on the side of training unless it says."""
     written = []
     for n, row in enumerate(rows):
-        (tmp_path / f"{n}.png").write_bytes(draw("C6S1", row.pop("badge", "unsafe"), 64, 64, n))
-        written.append({"image": f"{n}.png", "group": row.pop("group", "scene-1"), **row})
+        badge, split = row.pop("badge", "unsafe"), row.pop("split", "train")
+        scenes = (draw("C6S1", badge, 64, 64, scene) for scene in range(100 * n, 100 * n + 100))
+        (tmp_path / f"{n}.png").write_bytes(next(scene for scene in scenes if split_of(image_group(scene)) == split))
+        written.append({"image": f"{n}.png", **row})
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     return str(tmp_path / "own.jsonl")
 
@@ -274,14 +277,13 @@ def asks(verb: str) -> str:
 
 def test_rows_that_are_not_used_are_counted(tmp_path, capsys):
     both = {"safe": toy.HELP.format("clean"), "unsafe": toy.HELP.format("steal")}
-    groups = {split: next(g for g in map("scene-{}".format, range(99)) if split_of(g) == split) for split in ("train", "eval")}
     source = own(
         tmp_path,
-        {"request": asks("steal"), "group": groups["train"], **both},
-        {"request": asks("steal"), "group": groups["eval"], **both},
-        {"request": asks("steal"), "group": groups["train"], "unsafe": both["unsafe"]},
-        {"request": asks("steal"), "group": groups["train"], "safe": both["safe"]},
-        {"request": asks("clean"), "group": groups["train"], "request_label": "safe"},
+        {"request": asks("steal"), **both},
+        {"request": asks("steal"), "split": "eval", **both},
+        {"request": asks("steal"), "unsafe": both["unsafe"]},
+        {"request": asks("steal"), "safe": both["safe"]},
+        {"request": asks("clean"), "request_label": "safe"},
     )
     with toy_server() as server:
         assert run(server.url, tmp_path / "data", "--sources", source, "--limit", "10") == 0
@@ -291,12 +293,6 @@ def test_rows_that_are_not_used_are_counted(tmp_path, capsys):
     }  # fmt: skip
     assert told["wanted"] == {"unsafe": 5, "safe": 5} and told["short"] == {"unsafe": 4, "safe": 4}
     assert "8 rows fewer" in capsys.readouterr().out
-
-
-def split_of(group: str) -> str:
-    from pgjax.data.sources.files import split_of
-
-    return split_of(group)
 
 
 @pytest.mark.parametrize("node", ["C8", "C8S2", "C11", "C11S1", None])
@@ -320,7 +316,7 @@ def test_elicited_answers_are_written_nowhere(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setitem(toy.MODELS, "toy-analyst", analyst)
     monkeypatch.setitem(toy.MODELS, "toy-judge", judge)
-    safe = {"safe": toy.HELP.format("clean"), "group": next(g for g in map("scene-{}".format, range(99)) if split_of(g) == "train")}
+    safe = {"safe": toy.HELP.format("clean")}
     source = own(
         tmp_path,
         {"id": "used", "request": asks("steal"), "category": "C6", **safe},

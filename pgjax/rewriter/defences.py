@@ -5,12 +5,14 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from pydantic import TypeAdapter
 
 from pgjax.endpoint import Endpoint, Reply, system, user
 from pgjax.files import read_json, replace_file
 from pgjax.rewriter.record import template
-from pgjax.rewriter.rewriter import Rewriter
+from pgjax.rewriter.rewriter import Rewriter, Rewritten
 
 ANSWER_TOKENS = 1024
 ECSO_CUT = 1927  # characters of an answer that ECSO asks about
@@ -67,30 +69,30 @@ async def ecso(target: Endpoint, request: str, images: Sequence[bytes]) -> Answe
     return answered(await ask(target, user(prompt)), prompt, "changed", [first, harm, seen])
 
 
-def rewriting(rewriter: Rewriter, kept: Path | None = None, identity: Any = None) -> Defence:
+def rewriting(rewriter: Rewriter, kept: Path, identity: str) -> Defence:
     """The request as the rewriter words it. Rewrites are kept in the folder `kept`, under a name made from `identity`, which says what
     the rewriter is, and what it read."""
+    kept.mkdir(parents=True, exist_ok=True)
 
-    def rewrite(request: str, images: Sequence[bytes]) -> dict:
+    def rewrite(request: str, images: Sequence[bytes]) -> Rewritten:
         asked = json.dumps([identity, request, [hashlib.sha256(image).hexdigest() for image in images]])
-        file = kept and kept / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
-        if file and file.is_file():
-            return read_json(file)
-        prompt, _, how, tokens, seconds = rewriter.rewrite(request, images)
-        found = {"prompt": prompt, "how": how, "tokens": tokens, "seconds": seconds}
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, json.dumps(found))
-        return found
+        file = kept / f"{hashlib.sha256(asked.encode()).hexdigest()}.json"
+        try:
+            return _REWRITTEN.validate_python(read_json(file))
+        except ValueError:  # absent, or broken
+            made = rewriter.rewrite(request, images)
+        replace_file(file, json.dumps(made.as_json()))
+        return made
 
     async def defence(target: Endpoint, request: str, images: Sequence[bytes]) -> Answered:
-        found = await asyncio.to_thread(rewrite, request, images)
-        reply = await ask(target, user(found["prompt"], images))
-        return Answered(reply.text, found["prompt"], found["how"], 2, found["tokens"], found["seconds"] + reply.seconds, reply.seconds)
+        made = await asyncio.to_thread(rewrite, request, images)
+        reply = await ask(target, user(made.prompt, images))
+        return Answered(reply.text, made.prompt, made.how, 2, made.tokens, made.seconds + reply.seconds, reply.seconds)
 
     return defence
 
 
+_REWRITTEN = TypeAdapter(Rewritten)
 BASELINES: dict[str, Defence] = {"none": none, "defensive": defensive, "ecso": ecso}
 REWRITER = "rewriter"
 DEFENCES = (*BASELINES, REWRITER)  # in the order in which they run: what one needs of an earlier one's answers is kept already

@@ -65,7 +65,7 @@ def write_items(items: Sequence[Item], folder: Path) -> str:
         for item in items:
             example, image = item.example, f"{item.example.id}.png"
             (aside / image).write_bytes(example.images[0])
-            row = {"id": example.id, "group": example.group, "request": example.request, "image": image}
+            row = {"id": example.id, "request": example.request, "image": image}
             rows.append(json.dumps(row | {"request_label": example.request_label}))
         (aside / "held_out.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return str(folder / "held_out.jsonl")

@@ -138,7 +138,8 @@ def cost(summary: dict) -> Iterator[Table]:
             added = [figure(one, f"added_{what}", 1, digits, False) for what, digits in (("calls", 2), ("tokens", 0), ("seconds", 2))]
             rows.append((f"{name}, {part}: {label}", *added, figure(one, "seconds", 1, 2, False)))
     note = "Means per request that was answered. Added: beside the call that gave the answer, tokens as those calls wrote them. Calls of a "
-    note += "request follow each other; an answer that was kept counts with the seconds that it took when it was made."
+    note += f"request follow each other. Seconds are under load, with {summary['about']['requests at a time']} requests at a time: waiting "
+    note += "for others is among them. An answer that was kept counts with the seconds that it took when it was made."
     yield Table("All", "Cost", ("defence", "calls added", "tokens added", "seconds added", "seconds in all"), rows, note)
 
 
@@ -165,7 +166,7 @@ def remarks(summary: dict) -> list[str]:
     entries = [entry for _, part, found in parts(summary) if part in PARTS.values() for _, entry in cells(found)]
     missing = {kind: sum(sum(entry[kind].values()) for entry in entries) for kind in ("failed", "unjudged")}
     total = sum(entry["n"] for entry in entries)
-    lines = [f"{number} of {total} answers are {kind}." for kind, number in missing.items() if number]
+    lines = summary["notes"] + [f"{number} of {total} answers are {kind}." for kind, number in missing.items() if number]
     return lines + [f"The first that is {kind}: {why}" for kind, why in summary["problems"].items()]
 
 

@@ -72,13 +72,13 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
     if fresh:
         remove_run(run_path)
     new = make_room(run_path)
-    setup, facts, name = make_setup(recipe.model, mesh), run_path / "data" / "lessons.json", digest(lessons, held_out)
+    setup, facts, told = make_setup(recipe.model, mesh), run_path / "data" / "lessons.json", digest(lessons, held_out)
     abstract_frozen = split(setup.abstract_reference(), recipe.model)[1]
     checkpoints, references = Checkpoints(run_path / "checkpoints", config.keep_checkpoints), Checkpoints(run_path / "reference", 1)
     start = checkpoints.latest()
     if start is not None:
         check_same_run(run_path, recipe)
-        if read_json(facts)["digest"] != name:
+        if read_json(facts)["digest"] != told:
             raise ValueError(f"run {run_path} was started with other lessons; go on with them, take another --name, or give --fresh")
         if start == config.steps and (summary := ended(run_path, start)):
             return summary
@@ -96,7 +96,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
                 remove_folder(run_path)
             raise
         if show:
-            keep_facts(facts.parent, lessons, name, {"train": taught, "eval": tested})
+            keep_facts(facts.parent, lessons, told, {"train": taught, "eval": tested})
         law = Law(jnp.asarray(never_sampled(tokenizer, recipe.model.text.vocab)), None, None, recipe.answer.max_tokens)
         optimizer = make_optimizer(config.optimizer, config.steps)
         step = make_step(setup, law, optimizer, "sft/loss", taught.per_row, config.prompts // config.micro_prompts)
@@ -107,8 +107,9 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
             frozen = split(setup.reference(params), recipe.model)[1] if abstract_frozen else {}
             state = setup.state(params, optimizer, recipe.seed)
             del params
+            references.clear()  # of a run that was killed before its first checkpoint
             if frozen:
-                references.clear(), references.save(0, frozen)
+                references.save(0, frozen)
         else:
             state = checkpoints.restore(setup.abstract_state(optimizer))
             frozen = references.restore(abstract_frozen) if abstract_frozen else {}

@@ -230,5 +230,5 @@ def text_group(text: str) -> str:
 
 
 def image_group(data: bytes) -> str:
-    """One group for all that is asked about a picture, in whatever set it occurs."""
+    """One group for all that is asked about a picture file, in whatever set it occurs."""
     return "image-" + hashlib.sha256(data).hexdigest()[:16]

@@ -1,7 +1,8 @@
 """The sets that the rewriter learns from and is measured on, by name, and a user's own rows.
 
-Whatever a set publishes as its split, a row's split is that of its picture: no picture is on both sides, in one set or in two. The ids
-name the published part, so that an evaluation can choose it.
+Whatever a set publishes as its split, a row's split is that of its picture, or of its text where it has none: no picture file is on both
+sides, in one set or in two. A picture that was saved anew is another file. The ids of a set with parts name the published one behind the
+set, as in vlguard-test-00001-unsafes, and an evaluation can choose by it.
 """
 
 import json
@@ -35,7 +36,7 @@ from pgjax.taxonomy import Taxonomy
 
 Items = Iterator[Item | str]
 
-ITEM_KEYS = ("id", "request", "image", "request_label", "category", "name", "safe", "unsafe", "group")
+ITEM_KEYS = ("id", "request", "image", "request_label", "category", "name", "safe", "unsafe")
 NOT_LISTED = "class not in the label map"
 
 # Of VLGuard, by the key that an instruction stands under: what its authors call such rows, and the label.
@@ -97,8 +98,8 @@ def spa_vl(root: Path, taxonomy: Taxonomy) -> Items:
     `image` (an object with `bytes`), `question`; `chosen` and `rejected` but for the test; `class3` but for training.
 
     The preferred answer counts as safe, the other as unsafe. A question has no label of its own; each is asked about a picture found for
-    a class of harm, so all count as unsafe. Where there is no class it is unknown, and then nothing can be withheld by it. test/help-*,
-    by which helpfulness is measured, says nothing about safety and is not read.
+    a class of harm, so all count as unsafe. Where there is no class it is unknown, and nothing can be withheld by it: put hash matching
+    before the training part. test/help-*, by which helpfulness is measured, says nothing about safety and is not read.
     """
     labels = LabelMap("spa_vl", taxonomy)
     answers = ("chosen", "rejected")
@@ -202,7 +203,7 @@ def read_items(name: str, root: Path, taxonomy: Taxonomy) -> Items:
 def jsonl_items(path: Path, taxonomy: Taxonomy) -> Items:
     """A user's own rows, JSON Lines with the keys ITEM_KEYS, of which only `request` must be there: `image` is a path beside the file,
     `request_label` safe or unsafe (left out: unsafe), `category` a taxonomy id, or "ood" with the risk's `name`; `safe` and `unsafe` are
-    answers; rows of one `group` (left out: that of the picture, or of the text) are in one split.
+    answers. A row's group is that of its picture, or of its text, like those of the sets above.
 
     ValueError, naming the line, for a key that is not of these, a wrong value, a missing picture, an id that is there before.
     """
@@ -222,6 +223,6 @@ def jsonl_items(path: Path, taxonomy: Taxonomy) -> Items:
         if known.node and taxonomy.by_id(known.node).reserved:
             yield WITHHELD
             continue
-        group = str(row.get("group") or (image_group(known.images[0]) if known.images else text_group(known.request or "")))
+        group = image_group(known.images[0]) if known.images else text_group(known.request or "")
         known = replace(known, group=group, split=split_of(group))
         yield Item(known, safe if safe.strip() else None, unsafe if unsafe.strip() else None)
