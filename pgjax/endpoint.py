@@ -31,12 +31,12 @@ from pgjax.files import read_json, replace_file
 
 LONGEST_WAIT = 300.0  # seconds between two tries, whatever a server asks for
 LARGEST_REPLY = 16 << 20  # bytes
-Kind = Literal["timeout", "rate", "server", "connection", "malformed", "refused"]
+Kind = Literal["timeout", "rate", "server", "connection", "malformed", "refused", "denied"]
 
 
 class Failed(Exception):
-    """A call, or after all tries an ask, that has no answer. What is "refused" is not tried again. `wait`: seconds for which the server
-    wants to hear nothing."""
+    """A call, or after all tries an ask, that has no answer. What is "refused" is not tried again; what is "denied" neither, nor would
+    any other ask be answered. `wait`: seconds for which the server wants to hear nothing."""
 
     def __init__(self, kind: Kind, message: str, wait: float = 0.0):
         super().__init__(message)
@@ -109,13 +109,18 @@ class Endpoint:
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._next = 0.0  # time.monotonic() before which nothing is sent
 
-    async def ask(self, messages: list[dict], *, max_tokens: int = 1024, temperature: float = 0.0, seed: int = 0) -> Reply:
-        """The model's next turn. Raises Failed after `limits.tries` tries, or at once where another would change nothing."""
+    async def ask(
+        self, messages: list[dict], *, max_tokens: int = 1024, temperature: float = 0.0, seed: int = 0, keep: bool = True
+    ) -> Reply:
+        """The model's next turn; without `keep` the cache is neither read nor written. Raises Failed after `limits.tries` tries, or at once
+        where another would change nothing."""
         payload = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
         if temperature:  # not all servers know the key
             payload["seed"] = seed
         content = json.dumps([self.identity or self.name, payload, seed], sort_keys=True)
         digest = hashlib.sha256(content.encode()).hexdigest()
+        if not keep:
+            return await self._tried(payload, random.Random(digest))
         lock = self._asking.setdefault(digest, asyncio.Lock())
         async with lock:
             if reply := self._kept(digest):
@@ -132,7 +137,7 @@ class Endpoint:
             try:
                 return await self._call(payload)
             except Failed as error:
-                if error.kind == "refused" or tries == self.limits.tries:
+                if error.kind in ("refused", "denied") or tries == self.limits.tries:
                     self.counts[f"failed:{error.kind}"] += 1
                     raise Failed(error.kind, f"{self.name}: {error} ({error.kind}), tries: {tries}") from None
                 self.counts[f"retries:{error.kind}"] += 1
@@ -256,9 +261,10 @@ def _reply(data: bytes) -> Reply:
 
 def _failure(response: httpx2.Response) -> Failed:
     status = response.status_code
-    kinds: dict[int, Kind] = {408: "timeout", 409: "server", 425: "server", 429: "rate"}
-    kind = kinds.get(status, "server" if status >= 500 else "refused")
-    return Failed(kind, f"answered {status}", _seconds(response.headers.get("retry-after", "")))
+    kinds: dict[int, Kind] = {408: "timeout", 409: "server", 425: "server", 429: "rate"} | dict.fromkeys((400, 413, 422), "refused")
+    kind = kinds.get(status, "server" if status >= 500 else "denied")
+    advice = "; check the model's name, the key, and that the URL ends in /v1" if kind == "denied" else ""
+    return Failed(kind, f"answered {status}{advice}", _seconds(response.headers.get("retry-after", "")))
 
 
 def _seconds(retry_after: str) -> float:

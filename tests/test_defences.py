@@ -23,7 +23,7 @@ class Scripted:
     def __init__(self, *answers: str):
         self.answers, self.asked = list(answers), []
 
-    async def ask(self, messages, *, max_tokens, temperature=0.0, seed=0):
+    async def ask(self, messages, *, max_tokens=1024, temperature=0.0, seed=0):
         self.asked.append((messages, max_tokens))
         return Reply(self.answers[len(self.asked) - 1], 5, 7, float(len(self.asked)))
 

@@ -187,12 +187,14 @@ PASSING = {
     "closed": ("close", "connection"),
 }
 FINAL = {
-    "bad request": (400, {}),
-    "no key": (401, {}),
-    "unknown": (404, {}),
-    "redirect": (307, {"Location": "/v1/elsewhere"}),
-    "filtered": completion("", finish_reason="content_filter"),
-    "declined": completion(None, message={"content": None, "refusal": "No."}),
+    "bad request": ((400, {}), "refused"),
+    "too large": ((413, {}), "refused"),
+    "filtered": (completion("", finish_reason="content_filter"), "refused"),
+    "declined": (completion(None, message={"content": None, "refusal": "No."}), "refused"),
+    "no key": ((401, {}), "denied"),
+    "another's": ((403, {}), "denied"),
+    "unknown": ((404, {}), "denied"),
+    "redirect": ((307, {"Location": "/v1/elsewhere"}), "denied"),
 }
 
 
@@ -216,10 +218,12 @@ def test_a_fault_that_stays_is_told(server, name, tmp_path):
 
 @pytest.mark.parametrize("name", FINAL)
 def test_what_another_try_would_not_change_fails_at_once(server, name, tmp_path):
-    server.script = [FINAL[name]]
-    with pytest.raises(Failed, match=r"\(refused\), tries: 1$") as error:
+    fault, kind = FINAL[name]
+    server.script = [fault]
+    with pytest.raises(Failed, match=rf"\({kind}\), tries: 1$") as error:
         ask(server.spec, cache=tmp_path)
-    assert error.value.kind == "refused" and len(server.calls) == 1 and not list(tmp_path.rglob("*.json"))
+    assert error.value.kind == kind and ("the URL ends in /v1" in str(error.value)) == (kind == "denied")
+    assert len(server.calls) == 1 and not list(tmp_path.rglob("*.json"))
 
 
 def test_an_answer_without_end_is_malformed(server, monkeypatch):
@@ -262,6 +266,15 @@ def test_a_second_run_sends_nothing(server, tmp_path):
     second, counts = ask_all(f"{server.spec}/", asked, cache=tmp_path)
     assert counts == {"cached": 5} and len(server.calls) == 5
     assert second == [reply._replace(cached=True) for reply in first]
+
+
+def test_what_is_not_to_be_kept(server, tmp_path):
+    ask(server.spec, cache=tmp_path)
+    [file] = tmp_path.rglob("*.json")
+    before = file.read_text()
+    for text in (ASKED, "Who?"):
+        assert ask(server.spec, text, cache=tmp_path, keep=False)[1] == {"calls": 1}
+    assert [file] == list(tmp_path.rglob("*.json")) and file.read_text() == before
 
 
 def test_another_ask_is_another_call(server, tmp_path):
@@ -482,6 +495,8 @@ def test_this_machine():
         ("/no/such/folder", "/no/such/folder: no such folder; give a run folder"),
         ("vault@http://127.0.0.1/v1?", "may have no user, password or query"),
         ("vault@127.0.0.1", "no such folder"),
+        (f"vault@127.0.0.1#{KEY}", "vault@127.0.0.1: no such folder"),
+        (f"vault@http://127.0.0.1/v1#{KEY}", "what follows # is not the name of an environment variable"),
     ],
 )
 def test_specs_that_are_none(spec, message, monkeypatch):

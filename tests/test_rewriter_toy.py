@@ -2,6 +2,9 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
 
 import httpx2
@@ -140,5 +143,10 @@ def test_the_server_speaks_openai_and_fails_on_demand():
         chunks = client.chat.completions.create(model="toy-target", messages=[user(STEAL, RED)], stream=True)
         pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
         assert "".join(pieces) == toy.HELP.format("steal") and len(pieces) > 3
-        for body in (b"{", b"[]", b'{"model": "toy-judge", "messages": [{"role": "user", "content": "hm"}]}', b'{"model": "x"}'):
+        for body in (b"{", b"[]", b'{"model": "toy-judge", "messages": [{"role": "user", "content": "hm"}]}', b'{"model": []}'):
             assert httpx2.post(f"{server.url}/chat/completions", content=body).status_code == 400
+        assert httpx2.post(f"{server.url}/chat/completions", content=b'{"model": "x"}').status_code == 404
+        port = server.url.partition(":")[2].partition(":")[2].removesuffix("/v1")
+        command = [sys.executable, "-m", "pgjax.rewriter.toy_server", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+        assert done.returncode == 2 and not done.stdout and f"port {port}" in done.stderr and done.stderr.count("\n") == 1

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +25,11 @@ from pgjax.data.sources.items import Item
 from pgjax.data.toy import draw
 from pgjax.endpoint import Endpoint, Failed, Limits, Reply, user
 from pgjax.recipes import load_config, override
-from pgjax.rewriter import toy
+from pgjax.rewriter import synthesis, toy
 from pgjax.rewriter.config import Synthesis
-from pgjax.rewriter.quality import GROWTH, PART, ROOM, Ends, make
+from pgjax.rewriter.flow import some_at_a_time
+from pgjax.rewriter.judge import Grade, Unparsed, read_record
+from pgjax.rewriter.quality import GROWTH, PART, ROOM, SAFE_ALREADY, Ends, Made, make
 from pgjax.rewriter.record import Report, Rewriting, answer_of, template
 from pgjax.rewriter.stages import STAGES, Features, causal, hindsight
 from pgjax.rewriter.synthesis import may_elicit, synthesize
@@ -33,7 +37,7 @@ from pgjax.rewriter.toy_server import toy_server
 
 RISKY, BENIGN = toy.toy_items(3, 2, "train")
 TWIN = toy.INTENTS[toy.verb_in(RISKY.example.request).pair][1]
-FAST = ("--limits.backoff", "0.01", "--limits.timeout", "0.5", "--limits.tries", "4")
+FAST = ("--limits.backoff", "0.01", "--limits.timeout", "60", "--limits.tries", "4")
 
 
 def stage_of(body: dict) -> str:
@@ -73,7 +77,8 @@ def manifest(out: Path) -> dict:
 def test_a_run_among_faults(tmp_path):
     """Calls fail now and then; the analyst cannot do one verb's first stage at all, and another one's second not at the first time; the
     judge is out of order wherever a third verb is asked for."""
-    broken, out = True, tmp_path / "data"
+    broken, out, hung = True, tmp_path / "data", []
+    flags = ("--limit", "40", "--limits.timeout", "5")
 
     def faults(body: dict, n: int) -> str | None:
         verb = toy.verb_in(toy.sections(text_of(body, 0)).get("request", ""))
@@ -85,11 +90,15 @@ def test_a_run_among_faults(tmp_path):
             case "judge", "forge" if broken:
                 return "server"
         chance = int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16)
-        passing = ("rate", "server", "malformed", "timeout" if chance // 4 % 4 == 0 else "rate")
-        return passing[chance % 4] if n == 0 and chance % 3 == 0 else None
+        if n or chance % 3:
+            return None
+        if not hung:
+            hung.append(body)
+            return "timeout"
+        return ("rate", "server", "malformed")[chance // 3 % 3]
 
     with toy_server(faults=faults) as server:
-        assert run(server.url, out, "--limit", "40") == 0
+        assert run(server.url, out, *flags) == 0
         told, audit, rows = manifest(out), lines(out / "audit.jsonl"), lines(out / "train.jsonl") + lines(out / "eval.jsonl")
         counts = told["sources"]["toy"]
         assert counts["accepted"] == len(rows) == sum(sum(split.values()) for split in told["rows"].values())
@@ -107,17 +116,16 @@ def test_a_run_among_faults(tmp_path):
             unsafe = one["label"] == "unsafe"
             assert asked["causal"] == (0 if one["outcome"] == "rejected" else 2 if unsafe and verbs[one["id"]] == "steal" else 1)
             assert asked["hindsight"] == (0 if not unsafe else 2 if verbs[one["id"]] == "smash" else 1)
-            for attempt in one["attempts"]:
-                assert attempt["stage"] == "target" or (attempt["complaint"] is None) == attempt["parsed"]
+            assert {attempt["stage"] for attempt in one["attempts"] if "complaint" not in attempt} <= {"target"}
         # The same again: only what failed is asked for, and it fails again.
         before, calls = contents(out), Counter(server.calls)
-        assert run(server.url, out, "--limit", "40") == 0
+        assert run(server.url, out, *flags) == 0
         assert contents(out) == before and (server.calls - calls).keys() == {"toy-judge"}
         broken = False
-        assert run(server.url, out, "--limit", "40") == 0
+        assert run(server.url, out, *flags) == 0
         assert manifest(out)["short"] == {"unsafe": 0, "safe": 0} and not manifest(out)["sources"]["toy"]["failed"]
         before, calls = contents(out), Counter(server.calls)
-        assert run(server.url, out, "--limit", "40") == 0
+        assert run(server.url, out, *flags) == 0
         assert contents(out) == before and server.calls == calls
 
 
@@ -184,11 +192,68 @@ def test_nobody_answers(tmp_path, capsys):
         assert run(url, out, "--limit", "4") == 0
     before = contents(out)
     shutil.rmtree(tmp_path / "data-replies")
-    for limit, words in (("8", "none of 8 items became a row"), ("120", "50 items in a row became no row")):
+    for limit, words in (("8", "none of 8 items became a row"), ("120", "50 items became no row")):
         assert run(url, out, "--limit", limit, "--limits.tries", "1") == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert words in error and "hindsight: connection (" in error and "causal: connection (" in error
+        assert error.count("ConnectError") == 1  # for both stages
     assert contents(out) == before
+
+
+def test_a_model_that_is_not_there_ends_the_run_at_once(tmp_path, capsys):
+    with toy_server() as server:
+        assert run(server.url, tmp_path / "data", "--judge", f"toy-jugde@{server.url}", "--limit", "40", "--limits.concurrency", "1") == 2
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pgjax: ")]
+        assert "toy-jugde@" in line and "answered 404; check the model's name, the key, and that the URL ends in /v1" in line
+        assert server.calls["toy-target"] <= 2 and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "outcomes, stops",
+    [
+        ([("accepted", "")] + [("rejected", "causal: too long")] * 70, False),
+        ([("rejected", "causal: too long")] * 70, True),
+        ([("rejected", SAFE_ALREADY)] * 60 + [("accepted", "")] * 60, False),
+        ([("accepted", "")] + [("failed", "judge: server"), ("rejected", "causal: too long")] * 60, True),
+        ([("failed", "judge: server")] * 40 + [("accepted", "")] + [("failed", "judge: server")] * 40, False),
+    ],
+)
+def test_when_a_run_gives_up(outcomes, stops, tmp_path, monkeypatch):
+    waiting = iter(outcomes)
+
+    async def make(item, ends, min_safety) -> Made:
+        outcome, reason = next(waiting, ("accepted", ""))
+        return Made(outcome, reason, Rewriting(Report(text="a", image="b", together="c"), "d"), None, [], reason and "m@u: answered 500")
+
+    monkeypatch.setattr(synthesis, "make", make)
+    config = replace(load_config("toy_synthesis", Synthesis), out=str(tmp_path / "data"), limit=120)
+    told = r"^50 items became no row; reasons: .*\); m@u: answered 500; what was"
+    with pytest.raises(ValueError, match=told) if stops else nullcontext():
+        asyncio.run(synthesize(config))
+
+
+def test_reading_does_not_hold_up_what_is_under_way():
+    done = threading.Event()
+
+    async def job() -> None:
+        done.set()
+
+    def jobs():
+        yield job
+        assert done.wait(20)  # while the next one is read
+
+    asyncio.run(some_at_a_time(jobs(), 2))
+
+
+@pytest.mark.parametrize("spec", ["toy-analyst@{url}#SYNTHESIS_KEY", "--analyst=toy-analyst@{url}#SYNTHESIS_KEY"])
+def test_a_manifest_names_no_key(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("SYNTHESIS_KEY", "moon-glass")
+    with toy_server() as server:
+        spec = spec.format(url=server.url)
+        monkeypatch.setattr(sys, "argv", ["pgjax", "synthesize", spec])
+        assert run(server.url, tmp_path / "data", "--limit", "2", "--analyst", spec.removeprefix("--analyst=")) == 0
+        assert manifest(tmp_path / "data")["command"] == f"pgjax synthesize {spec.partition('#')[0]}"
+    assert "SYNTHESIS_KEY" not in (tmp_path / "data" / "manifest.json").read_text()
 
 
 # --- what is taken -----------------------------------------------------------------------------------------------------------------------
@@ -237,8 +302,20 @@ def test_for_some_categories_nobody_is_asked(node):
     assert not may_elicit(replace(RISKY.example, node="C6", category="node", accepted=(node or "C8",)))
 
 
-def test_elicited_answers_are_written_nowhere(tmp_path, capfd):
-    """An answer of the target's own stands in for the missing one where it is unsafe. Only hashes of it are kept."""
+def test_elicited_answers_are_written_nowhere(tmp_path, capfd, monkeypatch):
+    """An answer of the target's own stands in for the missing one where it is unsafe. Only hashes are kept, though all quote it."""
+    elicited = toy.HELP.format("steal")
+
+    def analyst(messages: list[dict]) -> str:
+        said = json.loads(toy.analyst(messages))
+        first = {"features": [{"kind": elicited, "evidence": "x"}], "text": elicited, "prompt": elicited}
+        return json.dumps(said | {key: first[key] for key in said if key in first} if len(messages) == 2 else said)
+
+    def judge(messages: list[dict]) -> str:
+        return json.dumps(json.loads(toy.judge(messages)) | {"why": f"It says: {elicited}"})
+
+    monkeypatch.setitem(toy.MODELS, "toy-analyst", analyst)
+    monkeypatch.setitem(toy.MODELS, "toy-judge", judge)
     safe = {"safe": toy.HELP.format("clean")}
     source = own(
         tmp_path,
@@ -250,7 +327,6 @@ def test_elicited_answers_are_written_nowhere(tmp_path, capfd):
     bodies: list[dict] = []
     with toy_server(faults=lambda body, n: bodies.append(body)) as server:
         assert run(server.url, tmp_path / "data", "--sources", source, "--limit", "10", "--elicit", "True") == 0
-        elicited = toy.HELP.format("steal")
         told, audit = manifest(tmp_path / "data"), {one["id"]: one for one in lines(tmp_path / "data" / "audit.jsonl")}
         counts = told["sources"][source]
         assert counts["accepted"] == 1 and counts["rejected"] == {"elicit: the answer is safe": 1}
@@ -258,7 +334,9 @@ def test_elicited_answers_are_written_nowhere(tmp_path, capfd):
         first, second, third = audit["used"]["attempts"][:3]
         assert first["sha256"] == hashlib.sha256(elicited.encode()).hexdigest() and first["grade"] == {"safety": 1, "helpful": True}
         assert [first["stage"], second["stage"], third["stage"]] == ["elicit", "judge", "hindsight"]
-        assert not any("answer" in attempt for attempt in (first, second, third))
+        asked = Counter(attempt["stage"] for attempt in audit["used"]["attempts"])
+        assert asked == {"elicit": 1, "judge": 2, "hindsight": 2, "causal": 2, "optimise": 2, "target": 1}
+        assert not any("answer" in attempt for one in audit.values() for attempt in one["attempts"])
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert files and not [path for path in files if elicited.encode() in path.read_bytes()]
         printed = capfd.readouterr()
@@ -266,20 +344,30 @@ def test_elicited_answers_are_written_nowhere(tmp_path, capfd):
         plain = [body for body in bodies if stage_of(body) == "target" and toy.verb_in(text_of(body)).unsafe]
         assert sorted(text_of(body) for body in plain) == [asks("steal"), asks("steal") + " Now."]
         shown = {(tmp_path / f"{n}.png").read_bytes() for n in range(2, 6)}
-        sent = [part["image_url"]["url"] for body in bodies for m in body["messages"] if m["role"] == "user" for part in m["content"][:1]]
+        sent = [part["image_url"]["url"] for body in bodies for part in body["messages"][-1]["content"] if "image_url" in part]
         assert sent and not shown & {base64.b64decode(url.partition(",")[2]) for url in sent}
-        # It is not kept for a later run either: that asks for it again, and for nothing else.
+        # Nothing of it is kept for a later run either: that asks again.
         calls = Counter(server.calls)
         assert run(server.url, tmp_path / "data", "--sources", source, "--limit", "10", "--elicit", "True") == 0
-        assert server.calls - calls == {"toy-target": 2}
+        assert server.calls - calls == calls and not (tmp_path / "data-replies").exists()
 
 
-def test_an_elicited_answer_that_comes_back_is_out():
-    item = RISKY._replace(unsafe=None)
-    quoting = json.dumps({"features": [{"kind": "theft", "evidence": f"It says: {RISKY.unsafe}"}]})
-    made, asked = made_by({"hindsight": [quoting, quoting]}, item)
-    assert made.reason == "hindsight: quotes" and RISKY.unsafe not in json.dumps(made.attempts)
-    assert [attempt["stage"] for attempt in made.attempts] == ["elicit", "judge", "hindsight", "hindsight"]
+QUOTING = {
+    "hindsight": [{"features": [{"kind": "theft", "evidence": "{}"}]}, {"features": [{"kind": "{}", "evidence": "x"}]}],
+    "causal": [{"text": "some", "image": "none", "together": "none"} | {part: "It says: {}"} for part in ("text", "image", "together")],
+    "optimise": [{"prompt": "Do not do this: {}"}],
+}
+
+
+@pytest.mark.parametrize("answer", [RISKY.unsafe, "Just steal it now!"])
+@pytest.mark.parametrize("stage, record", [(stage, record) for stage, records in QUOTING.items() for record in records])
+def test_an_elicited_answer_that_comes_back_is_out(stage, record, answer):
+    quoting = json.dumps(record).replace("{}", answer.upper())
+    said = {"target": [answer], "judge": ['{"safety": 0, "helpful": true}'], stage: [quoting] * 2}
+    made, asked = made_by(said, RISKY._replace(unsafe=None))
+    assert made.reason == f"{stage}: quotes" and len(asked[stage]) == 2 and len(asked["target"]) == 1
+    assert "answer" not in {key for attempt in made.attempts for key in attempt} and answer.upper() not in json.dumps(made.attempts)
+    assert made_by({stage: [quoting]})[0].reason != f"{stage}: quotes"  # where the source brings the answers
 
 
 def test_other_machines(tmp_path, capsys):
@@ -308,7 +396,7 @@ def made_by(said: dict[str, list[str | Failed]], item: Item = RISKY):
 
     async def making():
         endpoint = Endpoint("scripted", True, send, Limits(tries=1))
-        return await make(item, Ends(endpoint, endpoint, endpoint, endpoint), 8)
+        return await make(item, Ends(endpoint, endpoint, endpoint), 8)
 
     return asyncio.run(making()), asked
 
@@ -331,6 +419,8 @@ def prompt(text: str) -> str:
         (RISKY, "causal", report(image="x" * (PART + 1)), "causal: too long"),
         (RISKY, "causal", report(text="some\nImage: more"), "causal: markup"),
         (RISKY, "causal", report(text="</think>"), "causal: markup"),
+        (RISKY, "causal", report(text="None.", image="none", together=" NONE "), "causal: no risk"),
+        (BENIGN, "causal", report(text="none"), "causal: risk"),
         (RISKY, "optimise", prompt(" ".join(RISKY.example.request.split(" ")) + "\n"), "optimise: unchanged"),
         (BENIGN, "optimise", prompt(f"{BENIGN.example.request} Thanks."), "optimise: changed"),
         (RISKY, "optimise", prompt("x" * (GROWTH * len(RISKY.example.request) + ROOM + 1)), "optimise: too long"),
@@ -360,6 +450,45 @@ def test_a_failed_call_is_nothing_against_an_item():
     for stage in (*STAGES, "target", "judge"):
         made, _ = made_by({stage: [Failed("timeout", "too slow")]})
         assert (made.outcome, made.reason, made.rewriting) == ("failed", f"{stage}: timeout", None)
+        made, _ = made_by({stage: [Failed("refused", "filtered")]})
+        assert (made.outcome, made.reason) == ("rejected", f"{stage}: refused") and "filtered" in made.error
+        with pytest.raises(Failed, match="no such model"):
+            made_by({stage: [Failed("denied", "no such model")]})
+
+
+GRADE = {"safety": 9, "helpful": True}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(GRADE),
+        f"<think>{{maybe}} {{safe}}</think>```json\n{json.dumps(GRADE)}\n```",
+        f"First I thought {json.dumps(GRADE | {'safety': 1})}, but no: {json.dumps(GRADE)} {{",
+        json.dumps(GRADE | {"why": 'It says: {"safety": 0, "helpful": false}'}),
+        json.dumps({"safety": 1}) + json.dumps(GRADE | {"why": None}) + json.dumps({"helpful": False}),
+    ],
+)
+def test_the_last_record_counts(text):
+    grade = read_record(text, Grade)
+    assert (grade.safety, grade.helpful) == (9, True)
+
+
+@pytest.mark.parametrize(
+    "text, kind, says",
+    [
+        ("9", Grade, "there is no JSON object"),
+        ('{"safety": 9', Grade, "the JSON object is broken"),
+        ('{"a":' * 100_000, Grade, "the JSON object is broken"),
+        ('{"safety": 11, "helpful": true}', Grade, "safety: Input should be less than or equal to 10"),
+        ('{"text": "a", "image": "b", "together": "c", "brass vault": "d"}', Report, "the JSON object has a key too many"),
+        ('{"text": "a", "image": "b", "together": 7}', Report, "together: Input should be a valid string"),
+    ],
+)
+def test_what_is_no_record(text, kind, says):
+    with pytest.raises(Unparsed) as error:
+        read_record(text, kind)
+    assert str(error.value) == says and says in error.value.complaint
 
 
 def test_benign_items_skip_the_first_stage_and_keep_their_words():
@@ -426,6 +555,12 @@ def test_a_folder_that_is_something_else_stays(tmp_path, capsys):
     (tmp_path / "mine" / "notes").write_text("kept")
     assert run("http://127.0.0.1:9/v1", tmp_path / "mine") == 2 and "no data of an earlier synthesis" in capsys.readouterr().err
     assert (tmp_path / "mine" / "notes").read_text() == "kept"
+    for out in (tmp_path / "mine" / "notes", tmp_path / "mine" / "notes" / "a" / "b"):
+        assert run("http://127.0.0.1:9/v1", out, "--limit", "2") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("pgjax: ") and str(out) in line and "another" in line
+    (tmp_path / "new-replies").write_text("kept")
+    assert run("http://127.0.0.1:9/v1", tmp_path / "new") == 2 and "new-replies is no folder" in capsys.readouterr().err
 
 
 def test_configs():

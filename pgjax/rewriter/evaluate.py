@@ -6,7 +6,7 @@ Every ask goes through an endpoint that keeps its answers in OUT/cache, so that 
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,12 +17,13 @@ from pgjax.data.schema import Example
 from pgjax.data.sources.files import data_root, first_groups
 from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
-from pgjax.endpoint import DEFAULTS, Endpoint, Failed, Limits, Reply, user
+from pgjax.endpoint import DEFAULTS, Endpoint, Failed, Limits, Reply
 from pgjax.files import replace_file
 from pgjax.pages.samples import thumbnail
 from pgjax.rewriter import evaluation_report as report
 from pgjax.rewriter.defences import BASELINES, DEFENCES, REWRITER, Answered, Defence, rewriting
-from pgjax.rewriter.judge import ANSWER_TOKENS, Grade, Unparsed, grading, read_record
+from pgjax.rewriter.flow import some_at_a_time
+from pgjax.rewriter.judge import Grade, Unparsed, asked, grading
 from pgjax.rewriter.measures import Row, measure
 from pgjax.rewriter.rewriter import Rewriter
 from pgjax.serving.endpoints import open_endpoint
@@ -32,7 +33,6 @@ from pgjax.train.saved import fingerprint
 
 UNKNOWN = "unknown, nothing left out"
 KEPT = "{} of {} answers of {} are kept ones of an earlier run. Where another model has its address by now, give another --out."
-AGAIN = "That was not the JSON object that was asked for. Reply with it alone."
 
 Read = Callable[[], Iterator[Item | str]]
 
@@ -228,25 +228,6 @@ class Asked:
         return reply
 
 
-async def some_at_a_time(jobs: Iterable[Callable], width: int) -> None:
-    """An iterator is not asked for more before there is room: an item holds its picture. The first error ends all."""
-    room = asyncio.Semaphore(width)
-
-    async def held(job: Callable) -> None:
-        try:
-            await job()
-        finally:
-            room.release()
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                await room.acquire()
-                group.create_task(held(job))
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-
-
 async def one_row(name: str, example: Example, target: Endpoint, defence: str, how: Defence, judge: Endpoint) -> Row:
     row = partial(Row, name, measured(example), target.name, defence)
     answered: Answered | None = None
@@ -262,14 +243,12 @@ async def one_row(name: str, example: Example, target: Endpoint, defence: str, h
 
 
 async def graded(judge: Endpoint, example: Example, answer: str) -> Grade:
-    """By the request as it was before any defence; a judge that gives no grade is told so and asked once more. Raises Failed, Unparsed."""
-    asked = grading(example.request or "", example.images, answer)
-    reply = await judge.ask(asked, max_tokens=ANSWER_TOKENS)
-    try:
-        return read_record(reply.text, Grade)
-    except Unparsed:
-        again = [*asked, {"role": "assistant", "content": reply.text}, user(AGAIN)]
-        return read_record((await judge.ask(again, max_tokens=ANSWER_TOKENS)).text, Grade)
+    """By the request as it was before any defence. Raises Failed, Unparsed."""
+
+    async def ask(messages: list[dict]) -> tuple[str, dict]:
+        return (await judge.ask(messages)).text, {}
+
+    return await asked(ask, grading(example.request or "", example.images, answer), Grade)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------------

@@ -4,17 +4,18 @@ Which items are taken is settled by hashes of their groups' names, so it is the 
 folder beside the data: a run that was killed, or in which calls failed, is run again and asks only what has no answer yet.
 """
 
-import asyncio
 import dataclasses
 import hashlib
 import io
 import json
+import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +27,10 @@ from pgjax.data.schema import Example, Label
 from pgjax.data.sources.files import data_root, order_of
 from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
+from pgjax.endpoint import Failed
 from pgjax.files import new_folder
 from pgjax.rewriter.config import TOY, Synthesis
+from pgjax.rewriter.flow import some_at_a_time
 from pgjax.rewriter.quality import SAFE_ALREADY, Ends, Made, make, version
 from pgjax.rewriter.record import template
 from pgjax.rewriter.stages import STAGES
@@ -36,7 +39,7 @@ from pgjax.serving.endpoints import open_endpoint
 from pgjax.taxonomy import Taxonomy, load_taxonomy
 from pgjax.train.progress import Progress
 
-GIVE_UP = 50  # items in a row that bring no row
+GIVE_UP = 50  # items since the last row: so many that failed, or came to nothing before there was any row, and no more are asked for
 TEMPLATES = (*STAGES, "judge")
 NEVER_ELICITED = {"C8", "C8S2", "C11", "C11S1"}  # a top-level category may stand for its leaf
 
@@ -60,24 +63,26 @@ class Entry(NamedTuple):
 async def synthesize(config: Synthesis, allow_remote: bool = False) -> dict:
     """Makes `config.folder` anew and returns its manifest. ValueError for what cannot be read or opened, and where nothing answers."""
     folder, began = config.folder, time.monotonic()
+    replies = folder.with_name(f"{folder.name}-replies")
+    there = next(path for path in (replies, *replies.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"--out {folder}: {there} is no folder that can be written to; give another")
     if folder.exists() and not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is there and is no data of an earlier synthesis; give --out another folder")
     async with AsyncExitStack() as stack:
-        replies = folder.with_name(f"{folder.name}-replies")
         specs = dict.fromkeys((config.analyst, config.target, config.judge))
         opened = {spec: await stack.enter_async_context(open_endpoint(spec, config.limits, replies, allow_remote)) for spec in specs}
         analyst, target, judge = (opened[spec] for spec in (config.analyst, config.target, config.judge))
         if config.elicit and not target.here:
             raise ValueError(f"elicit: the target {target.name} is not on this machine; only a model here is asked for unsafe answers")
-        elicits = dataclasses.replace(target, cache=None) if config.elicit else None
         made_here = stack.enter_context(new_folder(folder, replace=True))
-        run = _Run(config, Ends(analyst, target, judge, elicits), made_here)
+        run = _Run(config, Ends(analyst, target, judge), made_here)
         await run.fill()
         names = {role: opened[getattr(config, role)].name for role in ("analyst", "target", "judge")}
         manifest = {
             "name": config.name,
             "pgjax": __version__,
-            "command": shlex.join(sys.argv),
+            "command": shlex.join(word.partition("#")[0] if "://" in word else word for word in sys.argv),  # after # may be a key
             "config": dataclasses.asdict(config) | names,
             "templates": {name: version(name) for name in TEMPLATES},
             **run.counts(),
@@ -95,7 +100,7 @@ class _Run:
         self.wanted: dict[Label, int] = {"unsafe": config.limit - benign, "safe": benign}
         self.entries: dict[Key, Entry] = {}
         self.left_out: dict[str, Counter[str]] = {source: Counter() for source in config.sources}
-        self.outcomes, self.barren = Counter[str](), 0  # the latter: items in a row that became no row
+        self.outcomes, self.barren = Counter[str](), 0  # the latter: see GIVE_UP
         (folder / "images").mkdir()
 
     # --- which items -----------------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ class _Run:
         for source in self.config.sources:
             for row in read(source, self.config, self.taxonomy):
                 key = Key(-1, source, "") if isinstance(row, str) else Key(order_of(row.example.group), source, row.example.id)
-                yield key, (row if isinstance(row, str) else unused(row, self.ends.elicits is not None) or row)
+                yield key, (row if isinstance(row, str) else unused(row, self.config.elicit) or row)
 
     async def fill(self) -> None:
         """Takes items until there are as many rows as wanted, or none are left. In place of items that were rejected others are taken,
@@ -127,29 +132,29 @@ class _Run:
 
     async def round(self, taken: set[Key]) -> None:
         """Makes these items, a few at a time."""
-        items = ((key, row) for key, row in self.items() if key in taken and not isinstance(row, str))
+        with Progress("synthesize", len(self.entries) + len(taken), start=len(self.entries)) as progress:
 
-        async def work(progress: Progress) -> None:
-            for key, item in items:
-                made = await make(item, self.ends, self.config.min_safety)
+            async def work(key: Key, item: Item) -> None:
+                try:
+                    made = await make(item, self.ends, self.config.min_safety)
+                except Failed as error:
+                    raise ValueError(str(error)) from None
                 self.entries[key] = Entry(dataclasses.replace(item.example, images=()), self.keep(item.example, made), made)
                 self.outcomes[made.outcome] += 1
                 progress.update(len(self.entries), **self.outcomes)
-                self.barren = 0 if made.outcome == "accepted" else self.barren + (made.reason != SAFE_ALREADY)
+                fruitless = not self.outcomes["accepted"] and made.reason != SAFE_ALREADY
+                self.barren = 0 if made.outcome == "accepted" else self.barren + (made.outcome == "failed" or fruitless)
                 if self.barren == GIVE_UP:
-                    raise ValueError(f"{GIVE_UP} items in a row became no row; {self.advice()}")
+                    raise ValueError(f"{GIVE_UP} items became no row; {self.advice()}")
 
-        try:
-            with Progress("synthesize", len(self.entries) + len(taken), start=len(self.entries)) as progress:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(2 * self.config.limits.concurrency):  # an item asks one endpoint at a time
-                        group.create_task(work(progress))
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            items = (partial(work, key, row) for key, row in self.items() if key in taken and not isinstance(row, str))
+            await some_at_a_time(items, 2 * self.config.limits.concurrency)  # an item asks one endpoint at a time
 
     def advice(self) -> str:
-        reasons = Counter(entry.made.reason for entry in self.entries.values() if entry.made.reason)
-        return f"reasons: {listed(reasons)}; what was answered is kept, and a later run goes on from there"
+        made = [entry.made for entry in self.entries.values() if entry.made.reason]
+        errors = dict.fromkeys(one.error for one in {one.reason: one for one in reversed(made)}.values() if one.error)  # the first ones
+        told = "; ".join((f"reasons: {listed(Counter(one.reason for one in made))}", *errors))
+        return f"{told}; what was answered is kept, and a later run goes on from there"
 
     # --- what is written -------------------------------------------------------------------------------------------------------------
 
@@ -255,8 +260,8 @@ def row_of(entry: Entry) -> dict:
 
 
 def audit_of(entry: Entry) -> dict:
-    """What became of an item and why; texts of models, but none that was elicited."""
+    """What became of an item and why; texts of models, but none where one was elicited."""
     example, made = entry.example, entry.made
     named = {"id": example.id, "source": example.source, "group": example.group, "label": example.request_label}
-    grade = made.grade and made.grade.model_dump()
+    grade = made.grade and made.grade.model_dump(include={"safety", "helpful"})
     return named | {"outcome": made.outcome, "reason": made.reason, "grade": grade, "attempts": made.attempts}

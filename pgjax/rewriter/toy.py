@@ -42,8 +42,9 @@ def toy_items(seed: int, n: int, split: Literal["train", "eval"]) -> list[Item]:
     """`n` items (rounded down to whole groups): risky ones with a safe and an unsafe answer, each followed by its harmless twin, which has
     the same request and a green badge, or the same picture and the other verb.
 
-    No request of one split has the pair of verbs, the frame and the pointer of a request of the other, so that whatever the badge and
-    the object are, no words of the one occur in the other; each two of the three meet in training. A pure function of its arguments.
+    No request of one split has the pair of verbs, the frame and the pointer of a request of the other, so that, whatever the badge and the
+    object are, no whole text of the one occurs in the other; each single word does, and each two of the three. A pure function of its
+    arguments.
     """
     rng, taxonomy = np.random.default_rng((seed, split == "eval")), load_taxonomy()
     requests = [(p, f, t) for p in range(len(INTENTS)) for f in range(len(REQUESTS)) for t in range(len(POINTERS))]

@@ -5,6 +5,7 @@ import asyncio
 import hashlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -40,11 +41,13 @@ class _Toy:
         data = await request.body()
         try:
             body = json.loads(data)
+            if body["model"] not in MODELS:
+                return _refusal(404, f"no such model; there are {', '.join(MODELS)}")
             model = MODELS[body["model"]]
             self.calls[body["model"]] += 1
             text = model(body["messages"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return _refusal(400, f"not a chat for one of {', '.join(MODELS)} ({type(error).__name__})")
+            return _refusal(400, f"not a chat that this model reads ({type(error).__name__})")
         digest = hashlib.sha256(data).hexdigest()
         fault, self.seen[digest] = self.faults and self.faults(body, self.seen[digest]), self.seen[digest] + 1
         match fault:
@@ -107,14 +110,18 @@ def toy_server(port: int = 0, faults: Faults | None = None) -> Iterator[ToyServe
 
 
 def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--port", type=int, default=8100, help="0: a free one")
-    with toy_server(args.parse_args().port) as toy:
-        print(f"toy models {', '.join(MODELS)}: {toy.url}", flush=True)
-        try:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=8100, help="0: a free one")
+    port = parser.parse_args().port
+    try:
+        with toy_server(port) as toy:
+            print(f"toy models {', '.join(MODELS)}: {toy.url}", flush=True)
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
+    except KeyboardInterrupt:
+        pass
+    except (OSError, OverflowError) as error:
+        print(f"toy_server: port {port} cannot be had: {error}; give another --port", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

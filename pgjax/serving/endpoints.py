@@ -25,6 +25,7 @@ from pgjax.train.saved import fingerprint
 
 _SPEC = re.compile(r"(?P<model>.+)@(?P<url>https?://[^#]+)(?:#(?P<variable>.+))?", re.DOTALL)
 _FORM = "give MODEL@URL or MODEL@URL#VARIABLE, where URL is http(s)://HOST/v1 and VARIABLE names the environment variable with the key"
+_NO_NAME = "what follows # is not the name of an environment variable that holds the key"
 _ANY = requests.Limits(images=1000, text=1 << 30)  # the model's own limits follow
 
 
@@ -69,7 +70,9 @@ def parse(spec: str) -> Address:
         raise ValueError(f"endpoint {model}@{url.host}: its URL may have no user, password or query; {_FORM}")
     key = os.environ.get(variable, "").strip() if variable else ""
     if variable and not (key and key.isascii() and key.isprintable()):
-        raise ValueError(f"endpoint {model}@{url.host}: the environment variable {variable} has no key; set it, or leave out #{variable}")
+        named = re.fullmatch("[A-Z_][A-Z0-9_]*", variable)  # else it may be a key
+        wrong = f"the environment variable {variable} has no key; set it, or leave out #{variable}" if named else _NO_NAME
+        raise ValueError(f"endpoint {model}@{url.host}: {wrong}")
     return Address(model, found["url"].rstrip("/"), key, is_loopback(url.raw_host.decode()))
 
 
@@ -86,7 +89,8 @@ async def in_process(folder: Path, limits: Limits, cache: Path | None) -> AsyncI
     """A pgjax run folder or a checkpoint directory. Its calls have no limit of time and one try: the first one compiles for minutes where
     the model is large, and a second try would end as the first."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give a run folder or a checkpoint directory, or for a server {_FORM}")
+        named = str(folder).partition("#")[0]  # what follows may be a key
+        raise ValueError(f"{named}: no such folder; give a run folder or a checkpoint directory, or for a server {_FORM}")
     identity, rows = fingerprint(folder), math.ceil(limits.concurrency / jax.device_count())
     with Model.load(folder, rows=rows, queue=2 * limits.concurrency) as model:  # those that were cancelled stay in the queue for a while
 
