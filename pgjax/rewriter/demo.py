@@ -1,6 +1,6 @@
 """`make demo-rewriter`: the toy rewriter from data to gateway, with the programs of the toy world as analyst, target and judge.
 
-The held-out requests are those of toy_items' split "eval": their words occur in no training row.
+The held-out requests are those of toy_items' split "eval": no training row has one of them, though every word of theirs.
 """
 
 import asyncio
@@ -30,12 +30,13 @@ from pgjax.sft.trainer import train
 HELD_OUT = 240  # requests, half of them risky
 SHOWN = 4  # of them, printed with what the rewriter makes of them
 PARTS = ("data", "data-replies", "rewriter", "held_out", "evaluation", "gateway")  # folders that the demo makes
+FILES = ("gateway.log", "summary.json")
 
 
 def demo(recipe: Recipe, synthesis: Synthesis, out: Path) -> None:
     """Starts over in the folder `out`. ValueError where something else lies there."""
     began = time.monotonic()
-    if unknown := sorted({path.name for path in out.glob("*")} - {*PARTS, "summary.json"}):
+    if unknown := sorted({path.name for path in out.glob("*")} - {*PARTS, *FILES}):
         raise ValueError(f"{out} holds {unknown[0]}, which no demo made; give --runs another folder")
     for part in PARTS:
         remove_folder(out / part)
@@ -48,9 +49,9 @@ def demo(recipe: Recipe, synthesis: Synthesis, out: Path) -> None:
         rows = write_items(items, out / "held_out")
         alone = Job([rows], [ends["target"]], ends["judge"], out / "evaluation", rewriter=out / "rewriter", reveal=True)
         print(f"\n{run(alone)[1]}")
-        with gateway(out / "rewriter", toy.url) as url:
+        with gateway(out / "rewriter", toy.url, out / "gateway.log") as url:
             behind = Job([rows], [f"toy-target@{url}"], ends["judge"], out / "gateway", ("none",), reveal=True)
-            print(f"\n{run(behind)[1]}")
+            run(behind)
     print(shown(out / "rewriter", items[:SHOWN]))
     seconds = {"seconds": round(time.monotonic() - began, 1)}
     summary = seconds | figures(answers(alone), answers(behind), synthesis.min_safety) | {"report": str(alone.out / "report.html")}
@@ -72,14 +73,14 @@ def write_items(items: Sequence[Item], folder: Path) -> str:
 
 
 @contextmanager
-def gateway(rewriter: Path, upstream: str) -> Iterator[str]:
+def gateway(rewriter: Path, upstream: str, log: Path) -> Iterator[str]:
     """`pgjax serve --rewriter` as a process of its own; its URL."""
     command = [sys.executable, "-m", "pgjax.cli", "serve", "--rewriter", str(rewriter), "--upstream", upstream, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with open(log, "w") as lines, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=lines, text=True) as process:
         try:
             assert process.stdout
             if not (line := process.stdout.readline()):
-                raise ValueError(f"the gateway did not start: {' '.join(command)}")
+                raise ValueError(f"the gateway did not start; {log} says why")
             yield line.split()[-1] + "/v1"
         finally:
             process.send_signal(signal.SIGTERM)
