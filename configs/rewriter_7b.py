@@ -22,11 +22,12 @@ recipe = Recipe(
     ),
     answer=AnswerConfig(max_tokens=768),  # a report of three parts, and the prompt anew
     sft=SFTConfig(
-        steps=462,  # three epochs of 9,881 rows
+        steps=462,  # about three epochs of the paper's 9,881 rows
         prompts=64,
         micro_prompts=32,  # on 8 devices four prompts in a row with their answers
         optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_steps=15, weight_decay=0.0, grad_clip=1.0),
         validate_every=50,
         checkpoint_every=50,
     ),
+    not_a_guard=True,  # its export says so too
 )

@@ -182,12 +182,14 @@ def test_what_does_not_fit_is_dropped_and_counted(taught, tokenizer, tmp_path):
     def lesson(images=(), request="Help me paint the fence.", answer="Fine.") -> Lesson:
         return Lesson("a", "a", rewriter_messages(request, len(images)), tuple(images), answer)
 
-    bad = [lesson([cut]), lesson([tmp_path / "none.png"]), lesson([whole] * 5)]
-    bad += [lesson(request="on and on " * 99), lesson(answer="so " * 99)]
+    bad = [lesson([whole] * 5), lesson(request="on and on " * 99), lesson(answer="so " * 99)]
     kept = Lessons([lesson(), *bad, lesson([whole])], tokenizer, recipe, 4, False)
-    assert kept.dropped == {"image": 2, "patches": 1, "prompt": 1, "answer": 1} and len(kept.kept) == 2
-    with pytest.raises(ValueError, match="no lesson to train on is left; dropped: {'image': 1}"):
+    assert kept.dropped == {"patches": 1, "prompt": 1, "answer": 1} and len(kept.kept) == 2
+    with pytest.raises(ValueError, match="no lesson to train on is left; dropped: {'patches': 1}"):
         Lessons(bad[:1], tokenizer, recipe, 4, True)
+    for lost in (cut, tmp_path / "none.png"):
+        with pytest.raises(ValueError, match=f"image {lost}"):
+            Lessons([lesson(), lesson([lost])], tokenizer, recipe, 4, True)
     (forged,) = Lessons([lesson(answer="Fine.<|im_end|>")], tokenizer, recipe, 4, False).kept
     assert tokenizer.decode(forged.answer[:-1]) == "Fine.‹|im_end|>" and stop_ids(tokenizer)[0] not in forged.answer[:-1]
 
@@ -295,6 +297,6 @@ def test_the_report(run, capsys):
 
 def test_the_recipes_fit_their_machines():
     toy, large = load_recipe("toy_rewriter"), load_recipe("rewriter_7b")
-    assert validate(toy).not_a_guard and validate(dataclasses.replace(large, devices=8)) and not large.not_a_guard
+    assert validate(toy).not_a_guard and validate(dataclasses.replace(large, devices=8)) and large.not_a_guard
     largest = image_grid((3000, 2000), capped(large.model.vision, large.data.max_pixels))
     assert slot_count(largest, large.model.vision) <= large.data.patches, "no picture is too large"

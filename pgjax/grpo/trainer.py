@@ -39,7 +39,7 @@ from pgjax.files import remove_folder
 from pgjax.generate.law import Law
 from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh, place_rows
-from pgjax.sft import warm_up as sft
+from pgjax.sft.warm_up import train as train_warm_up
 from pgjax.tokenizer import never_sampled
 from pgjax.train.checkpoints import Checkpoints, due
 from pgjax.train.compilations import Compilations
@@ -116,7 +116,7 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
             run.log(step, metrics, "warm_up")
             progress.update(step, loss=metrics["warm_up/loss"])
 
-        return sft.train(recipe, setup, law, params, materials.train, answers, materials.tokenizer, log)
+        return train_warm_up(recipe, setup, law, params, materials.train, answers, materials.tokenizer, log)
 
 
 def validate(programs: Programs, materials: Materials, recipe: Recipe, policy: dict, run: RunFolder, step: int, show: bool) -> Scores:

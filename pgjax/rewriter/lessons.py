@@ -19,6 +19,9 @@ def read_lessons(data: DataConfig) -> tuple[list[Lesson], list[Lesson]]:
         raise ValueError(f"data.name {data.name} has no answers to learn: `pgjax sft` takes rewriter, `pgjax train` the other data")
     if data.root is None:
         raise ValueError("data.root must be the folder that `pgjax synthesize` made: give --data.root")
+    held_out_file = Path(data.root) / "eval.jsonl"
+    if held_out_file.is_file() and not held_out_file.stat().st_size:
+        raise ValueError(f"{held_out_file} has no rows to measure the loss on; synthesize more rows, or with a larger --held-out")
     lines = {split: read_jsonl(Path(data.root) / f"{split}.jsonl") for split in ("train", "eval")}
     lessons, held_out = ([lesson_of(line) for line in lines[split]] for split in lines)
     seen = {lesson.group for lesson in lessons}
@@ -30,7 +33,10 @@ def read_lessons(data: DataConfig) -> tuple[list[Lesson], list[Lesson]]:
 
 def lesson_of(line: Line) -> Lesson:
     image = line.text("image")
-    images = (line.path.parent / image,) if image else ()
+    folder = line.path.parent
+    if image and not (folder / image).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{line.where}: the path in 'image' leaves the folder; put the picture below it")
+    images = (folder / image,) if image else ()
     try:
         report = Report.model_validate(line.row.get("report"))
     except ValidationError:  # whose message would show the text

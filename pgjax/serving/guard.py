@@ -107,6 +107,8 @@ class Guard(Model):
         check_room(rows, queue)
         calibration = read_calibration(folder, best) if calibrated else None
         saved = open_saved(folder, best)
+        if saved.recipe.data.name == "rewriter":
+            raise ValueError(f"{folder} is a rewriter's run, and no guard: `pgjax rewrite` and `serve --rewriter` take it")
         taxonomy, opening = load_taxonomy(saved.recipe.data.taxonomy), _opening(saved.recipe)
         return cls(*start(saved, rows, queue, prompt_tokens, _ids(taxonomy), opening), taxonomy, calibration, bound)
 

@@ -20,7 +20,7 @@ import numpy as np
 from pgjax.config import Recipe
 from pgjax.conversation import chat_text, neutralise_special
 from pgjax.data.arrays import Prompt, lay_out, prompt_batch
-from pgjax.data.images import capped, image_grid, load_image
+from pgjax.data.images import capped, image_grid, load_image, read_image
 from pgjax.generate.score import answer_rows
 from pgjax.sft.step import Taught, taught
 from pgjax.tokenizer import answer_ids
@@ -64,7 +64,8 @@ class Lessons:
     sft.micro_prompts; the last is filled up with rows that have no answer.
 
     Lessons that cannot be shown whole are dropped, never cut: `dropped` counts them by reason (see `unfit`). To find out, every picture
-    is decoded. ValueError when nothing is left. `shards` of the mesh (data x fsdp) have one row of a micro-batch each.
+    is decoded. ValueError when nothing is left, and for a picture that cannot be read. `shards` of the mesh (data x fsdp) have one row
+    of a micro-batch each.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Lessons:
         laid = lay_out_lessons(lessons, tokenizer, recipe)
         reasons = [unfit(lesson, recipe) for lesson in laid]
         self.dropped = Counter(filter(None, reasons))
-        self.kept = [lesson for lesson, reason in zip(laid, reasons, strict=True) if lesson and not reason]
+        self.kept = [lesson for lesson, reason in zip(laid, reasons, strict=True) if not reason]
         if not self.kept:
             what = f"no lesson {'to train on' if training else 'held out'} is left; dropped: {dict(self.dropped)}"
             raise ValueError(f"{what}; larger data.prompt_tokens, data.patches and answer.max_tokens take more")
@@ -106,36 +107,28 @@ class Lessons:
         return Batch(taught(prompt, *answers), self.widths[T], counts)
 
 
-def lay_out_lessons(lessons: Sequence[Lesson], tokenizer, recipe: Recipe) -> list[Laid | None]:
-    """Tokenised, all at once; None for a lesson with a picture that cannot be read. Answers end with the stop token, and with nothing
-    else that is special: what looks like it in their text is broken, as it is in prompts."""
+def lay_out_lessons(lessons: Sequence[Lesson], tokenizer, recipe: Recipe) -> list[Laid]:
+    """Tokenised, all at once. Answers end with the stop token, and with nothing else that is special: what looks like it in their text is
+    broken, as it is in prompts. ValueError for a picture that cannot be read."""
     vision = capped(recipe.model.vision, recipe.data.max_pixels)
 
-    def grid(path: Path) -> tuple[int, int] | None:
-        try:
-            return image_grid(load_image(path.read_bytes()).size, vision)
-        except (OSError, ValueError):
-            return None
+    def grid(path: Path) -> tuple[int, int]:
+        return image_grid(load_image(read_image(path)).size, vision)
 
     paths = list({path for lesson in lessons for path in lesson.images})
     with ThreadPoolExecutor() as pool:
         grids = dict(zip(paths, pool.map(grid, paths), strict=True))
-    found = {n: [size for path in lesson.images if (size := grids[path])] for n, lesson in enumerate(lessons)}
-    whole = [n for n, lesson in enumerate(lessons) if len(found[n]) == len(lesson.images)]
-    texts = [chat_text(lessons[n].messages, tokenizer) for n in whole]
-    prompts = lay_out(texts, [found[n] for n in whole], tokenizer, vision)
-    answers = answer_ids(tokenizer, [neutralise_special(lessons[n].answer, tokenizer) for n in whole])
-    laid: list[Laid | None] = [None] * len(lessons)
-    for n, text, (tokens_T, slots), answer in zip(whole, texts, prompts, answers, strict=True):
-        patches = sum(height * width for height, width in found[n])
-        laid[n] = Laid(text, lessons[n].images, answer, len(tokens_T), slots, patches)
-    return laid
+    own = [[grids[path] for path in lesson.images] for lesson in lessons]
+    texts = [chat_text(lesson.messages, tokenizer) for lesson in lessons]
+    prompts = lay_out(texts, own, tokenizer, vision)
+    answers = answer_ids(tokenizer, [neutralise_special(lesson.answer, tokenizer) for lesson in lessons])
+    rows = zip(lessons, texts, prompts, answers, own, strict=True)
+    area = lambda sizes: sum(height * width for height, width in sizes)  # noqa: E731
+    return [Laid(text, lesson.images, answer, len(tokens), slots, area(sizes)) for lesson, text, (tokens, slots), answer, sizes in rows]
 
 
-def unfit(lesson: Laid | None, recipe: Recipe) -> str | None:
+def unfit(lesson: Laid, recipe: Recipe) -> str | None:
     """Why a lesson cannot be shown whole; None where it can."""
-    if lesson is None:
-        return "image"  # cannot be read
     if lesson.slots > recipe.data.patches:
         return "patches"
     if lesson.tokens > recipe.data.prompt_tokens:
@@ -153,8 +146,9 @@ def bucket_lengths(prompt_N: np.ndarray, buckets: int) -> np.ndarray:
     need_N = up(prompt_N)
     lengths = [int(need_N.max())]
     padded = lambda lengths: np.take(lengths, np.searchsorted(lengths, need_N)).sum()  # noqa: E731
-    for _ in range(buckets - 1):
-        lengths = min((sorted({*lengths, more}) for more in np.unique(need_N).tolist()), key=padded)
+    kinds = np.unique(need_N).tolist()
+    for _ in range(min(buckets, len(kinds)) - 1):
+        lengths = min((sorted({*lengths, more}) for more in kinds), key=padded)
     return np.array(lengths)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,18 +17,18 @@ import jax
 import jax.numpy as jnp
 
 from pgjax.config import Recipe
-from pgjax.files import read_json, remove_folder, replace_file
+from pgjax.files import new_folder, read_json, remove_folder, replace_file
 from pgjax.generate.law import Law
 from pgjax.parallel.mesh import make_mesh, place_rows
 from pgjax.sft.lessons import Batch, Lesson, Lessons
 from pgjax.sft.report import write_report
 from pgjax.sft.step import make_loss, make_step
-from pgjax.tokenizer import never_sampled
+from pgjax.tokenizer import load_tokenizer, never_sampled
 from pgjax.train.checkpoints import Checkpoints, due
 from pgjax.train.compilations import Compilations
 from pgjax.train.flops import matmul_weights, peak, rates, supervised_flops
 from pgjax.train.inputs import check_start, make_room
-from pgjax.train.materials import make_tokenizer
+from pgjax.train.materials import new_tokenizer
 from pgjax.train.phases import Phases
 from pgjax.train.progress import Progress
 from pgjax.train.run_folder import RunFolder, check_same_run, ended, read_metrics, remove_run
@@ -68,33 +69,37 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
     """
     began, show, config = time.monotonic(), jax.process_index() == 0, recipe.sft
     mesh = make_mesh(recipe.mesh)
-    check_start(recipe, mesh)  # before an earlier run is dropped and a folder is made
-    if fresh:
-        remove_run(run_path)
-    new = make_room(run_path)
+    check_start(recipe, mesh)
     setup, facts, told = make_setup(recipe.model, mesh), run_path / "data" / "lessons.json", digest(lessons, held_out)
-    abstract_frozen = split(setup.abstract_reference(), recipe.model)[1]
-    checkpoints, references = Checkpoints(run_path / "checkpoints", config.keep_checkpoints), Checkpoints(run_path / "reference", 1)
-    start = checkpoints.latest()
+    start = None if fresh else latest(run_path / "checkpoints")
     if start is not None:
         check_same_run(run_path, recipe)
         if read_json(facts)["digest"] != told:
             raise ValueError(f"run {run_path} was started with other lessons; go on with them, take another --name, or give --fresh")
         if start == config.steps and (summary := ended(run_path, start)):
             return summary
+    tokenizer = new_tokenizer(recipe, texts(lessons)) if start is None else load_tokenizer(run_path / "tokenizer")
+    how = (tokenizer, recipe, mesh.shape["data"] * mesh.shape["fsdp"])
+    process = (jax.process_index(), jax.process_count())
+    taught, tested = Lessons(lessons, *how, True, *process), Lessons(held_out, *how, False, *process)
+    if show and taught.dropped:
+        print(
+            f"sft: {taught.dropped.total()} of {len(lessons)} lessons do not fit and are left out: {dict(taught.dropped)}", file=sys.stderr
+        )
+    abstract_frozen = split(setup.abstract_reference(), recipe.model)[1]
 
-    with RunFolder(run_path, recipe, show, start) as run:
-        if start is None:
+    if fresh and show:  # all that can be wrong has been looked at
+        remove_run(run_path)
+    make_room(run_path)
+    with (
+        Checkpoints(run_path / "checkpoints", config.keep_checkpoints) as checkpoints,
+        Checkpoints(run_path / "reference", 1) as references,
+        RunFolder(run_path, recipe, show, start) as run,
+    ):
+        if start is None and show:
             remove_folder(run_path / "tokenizer")  # of other lessons, perhaps
-        tokenizer = make_tokenizer(recipe, lambda: texts(lessons), run_path / "tokenizer")
-        how = (tokenizer, recipe, mesh.shape["data"] * mesh.shape["fsdp"])
-        process = (jax.process_index(), jax.process_count())
-        try:
-            taught, tested = Lessons(lessons, *how, True, *process), Lessons(held_out, *how, False, *process)
-        except ValueError:  # no lessons: a folder made for nothing goes again
-            if new and show:
-                remove_folder(run_path)
-            raise
+            with new_folder(run_path / "tokenizer") as aside:
+                tokenizer.save_pretrained(aside)
         if show:
             keep_facts(facts.parent, lessons, told, {"train": taught, "eval": tested})
         law = Law(jnp.asarray(never_sampled(tokenizer, recipe.model.text.vocab)), None, None, recipe.answer.max_tokens)
@@ -127,7 +132,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
                     more, counted = loss(state.params, frozen, place_rows(batch.taught, mesh), width=batch.width)
                     total, tokens = total + float(more), tokens + float(counted)
                     progress.update(n + 1, loss=total / tokens)
-            mean = total / tokens
+            mean = finite(total / tokens, f"the held-out loss after step {k}")
             run.log(k, {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": tokens}, "eval")  # 700: where exp ends
             if show:
                 write_report(run_path)
@@ -142,6 +147,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
             values = {name: float(value) for name, value in metrics.items()} | {"data/padding": 1 - tokens / counts["slots"]}
             values |= rates("update", took["update"], tokens, flops, mesh.size, peak(jax.devices()[0]))
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+            finite(values["sft/loss"], f"the loss of step {k}")
             run.log(k, values | host | {"perf/time_per_step": took["step"], "perf/host_memory_gb": memory}, "sft")
             progress.update(k, loss=values["sft/loss"])
 
@@ -154,7 +160,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
             if start is None:
                 validate(0)
             with Progress("sft", config.steps, start=first, show=show) as progress:
-                upcoming = loader.submit(load, first)
+                upcoming = loader.submit(load, min(first, config.steps - 1))
                 for k in range(first, config.steps):
                     clock = time.monotonic()
                     batch = upcoming.result()
@@ -176,8 +182,22 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
                         checkpoints.save(k + 1, state, score if config.keep_best else None)
         summary = summarise_run(run_path, time.monotonic() - began)
         run.write_json("summary.json", summary)
-    checkpoints.close(), references.close()
     return summary
+
+
+def latest(folder: Path) -> int | None:
+    """The newest checkpoint there."""
+    if not folder.is_dir():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.latest()
+
+
+def finite(loss: float, what: str) -> float:
+    """The loss; ValueError for one that is no number: nothing after it would be worth a checkpoint."""
+    if not math.isfinite(loss):
+        raise ValueError(f"{what} is {loss}; lower sft.optimizer.learning_rate and start over with --fresh")
+    return loss
 
 
 def summarise_run(run_path: Path, seconds: float) -> dict[str, float]:

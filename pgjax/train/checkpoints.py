@@ -83,6 +83,12 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _thin_out(self) -> None:
         """Not left to orbax, which does it after a save only: a deletion that was cut short would stay when nothing is saved any more."""
         if self._keep is not None:

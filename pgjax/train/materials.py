@@ -48,15 +48,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("PGJAX_CACHE", Path.home() / ".cache" / "pgjax"))
 
 
+def new_tokenizer(recipe: Recipe, texts: Iterable[str]):
+    """The checkpoint's tokenizer, or a byte-level BPE trained on the training split's texts."""
+    return train_byte_bpe(texts, recipe.tokenizer_vocab) if recipe.tokenizer_vocab else load_tokenizer(recipe.checkpoint)
+
+
 def make_tokenizer(recipe: Recipe, texts: Callable[[], Iterable[str]], folder: Path):
-    """The checkpoint's tokenizer, or a byte-level BPE trained on the training split's `texts()`; made once and kept in the run folder."""
+    """As `new_tokenizer`, made once and kept in the run folder."""
     if not folder.exists():
-        if recipe.tokenizer_vocab:
-            tokenizer = train_byte_bpe(texts(), recipe.tokenizer_vocab)
-        else:
-            tokenizer = load_tokenizer(recipe.checkpoint)
         with new_folder(folder) as aside:
-            tokenizer.save_pretrained(aside)
+            new_tokenizer(recipe, texts()).save_pretrained(aside)
     return load_tokenizer(folder)
 
 
