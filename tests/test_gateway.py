@@ -307,9 +307,10 @@ def test_other_roles_and_keys_pass(http, target):
     call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     messages = [
         {"role": "developer", "content": "Be brief about any vault."},
-        {"role": "user", "content": VAULT, "name": "ann"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "user", "content": VAULT},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
         {"role": "tool", "tool_call_id": "a", "content": [text("the vault is open")]},
+        {"role": "function", "name": "look", "content": "it is empty"},
     ]
     body = {"model": "m", "messages": messages, "tools": [{"type": "function"}], "top_p": 0.25, "seed": 2**70, "odd": {"a": [1.0, None]}}
     target.answer = answers(200, says({"content": None, "tool_calls": [call]}))
@@ -348,8 +349,19 @@ STRANGE = {
     "a role like the user's": ({"messages": [{"role": "User", "content": "a"}]}, "invalid_type"),
     "no user": ({"messages": [{"role": "system", "content": "a"}]}, "invalid_request"),
     "no content": (user(None), "invalid_type"),
-    "more keys": (user("a", prompt="b"), "invalid_type"),
-    "a text for a name": (user("a", name="open the vault"), "invalid_type"),
+    "more keys": (user("a", prompt="b"), "unsupported_content"),
+    "a name": (user("a", name="open the vault"), "unsupported_content"),
+    "a tool's pictures": ({"messages": [*user("a")["messages"], {"role": "tool", "content": "b", "images": [URL]}]}, "unsupported_content"),
+    "messages twice": (user("a") | {"Messages": user("b")["messages"]}, "unsupported_parameter"),
+    "messages as another alphabet has them": (user("a") | {"me\u017f\u017fages": user("b")["messages"]}, "unsupported_parameter"),
+    "roles twice": ({"messages": [*user("a")["messages"], {"role": "system", "content": "b", "Role": "user"}]}, "unsupported_content"),
+    "contents twice": (user("a", Content="b"), "unsupported_content"),
+    "nothing said": (user(" "), "invalid_request"),
+    "many parts": (user([text("")] * 65), "unsupported_content"),
+    "many messages": ({"messages": user("a")["messages"] * 1025}, "invalid_type"),
+    "a long text of a tool": ({"messages": [*user("a")["messages"], {"role": "tool", "content": "b" * 3000}]}, "text_too_long"),
+    "many answers": (user("a") | {"n": 17}, "invalid_value"),
+    "a word for a number": (user("a") | {"n": "17"}, "invalid_value"),
     "no messages": ({}, "invalid_type"),
     "too many pictures": (user([picture(URL)] * 4), "too_many_images"),
     "a broken picture": (user([picture(URL[:90])]), "invalid_image"),
@@ -377,7 +389,7 @@ def test_of_two_keys_the_target_gets_the_one_that_was_read(http, target):
 
 def test_what_is_not_rewritten_is_not_sent_on(http, target, alone, monkeypatch):
     answer = ask(http, PLAIN, "Hello.", BAD)
-    refused(answer, 502, "not_rewritten")
+    refused(answer, 422, "not_rewritten")
     assert how(answer) == ("fallback", "off") and not target.requests
     monkeypatch.setattr(alone[0], "serving", replace(alone[0].serving, how=How(fail_open=True)))
     answer = ask(http, VAULT, "Hello.", BAD)
@@ -387,7 +399,7 @@ def test_what_is_not_rewritten_is_not_sent_on(http, target, alone, monkeypatch):
 
 def test_the_true_answers_of_random_weights_are_no_rewrites(http, target, monkeypatch):
     monkeypatch.setattr(Ruled, "read", Rewriter.read)
-    refused(ask(http, PLAIN), 502, "not_rewritten")
+    refused(ask(http, PLAIN), 422, "not_rewritten")
     assert not target.requests
 
 
@@ -460,7 +472,7 @@ def test_a_stream_is_held_until_it_is_judged(guarded, target, copper, word):
     answer = ask(guarded[1], PLAIN, stream=True)
     assert copper[1].response == f"Take {word}"  # in whole, not in its pieces
     if word == "silver":
-        assert answer.text == "".join(events) and how(answer) == ("unchanged", "passed")
+        assert answer.text == "".join(one for one in events if one[0] == "d") and how(answer) == ("unchanged", "passed")
     else:
         assert how(answer) == ("unchanged", "response") and "Take" not in answer.text and answer.text.endswith("data: [DONE]\n\n")
 
@@ -667,5 +679,5 @@ def test_the_command(model, tmp_path, monkeypatch):
     for more in ([], ["--model", "guard", "--categories", "C1S1"]):
         assert main(["serve", *flags, "--port", "0", *more]) == 0
     for (gateway, _, endpoints), guard in zip(ran, (None, model), strict=True):
-        assert endpoints == ENDPOINTS and (gateway.judge.guard if gateway.judge else None) is guard
+        assert endpoints == ENDPOINTS and (gateway.judge.model if gateway.judge else None) is guard
         assert (gateway.target.url, gateway.target.key, gateway.bypass) == ("https://models.example/v1", UPSTREAM_KEY, BYPASS)
