@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", help="a name in configs/ or a path")
     sub.add_argument("--allow-remote", action="store_true", help="let requests and pictures leave this machine")
 
-    def opening(name: str, text: str, needed: bool = True, best: str = "checkpoint with the highest held-out request F1") -> Parser:
+    def opening(
+        name: str, text: str, needed: bool = True, best: str = "checkpoint with the highest held-out request F1"
+    ) -> argparse.ArgumentParser:
         """A command that runs a model."""
         sub = command(name, text)
         sub.add_argument("--model", required=needed, help="run folder, or Hugging Face checkpoint directory")

@@ -134,9 +134,7 @@ def gateway_of(args: argparse.Namespace, key: str | None) -> tuple[Any, str | No
     own = read_key("--upstream-key-file", args.upstream_key_file, "PGJAX_UPSTREAM_KEY")
     keys = [one for one in (key, bypass, own) if one]
     if len(set(keys)) < len(keys):
-        raise ValueError(
-            "--api-key-file, --bypass-key-file and --upstream-key-file must hold different keys: who has one has two otherwise"
-        )
+        raise ValueError("--api-key-file, --bypass-key-file and --upstream-key-file must hold different keys")
     return Upstream(url, own), bypass
 
 

@@ -89,7 +89,7 @@ class Gateway(Desk):
         registry = self.metrics.registry
         self.rewrites = Counter("pgjax_rewrites", "User messages, by what the rewriter made of them", ["how"], registry=registry)
         self.rewriting = Histogram("pgjax_rewrite_seconds", "From a message to its rewrite", buckets=SECONDS, registry=registry)
-        self.guarded = Counter("pgjax_guarded", "Requests, by what the guard found: passed, or the side", ["outcome"], registry=registry)
+        self.guarded = Counter("pgjax_guarded", "Requests, by the guard's word: passed, a side, not_judged", ["outcome"], registry=registry)
         self.bypasses = Counter("pgjax_bypasses", "Requests sent on without rewriter and guard", registry=registry)
         self.statuses = Counter("pgjax_upstream", "The target's answers", ["status"], registry=registry)
 
@@ -204,6 +204,8 @@ class Gateway(Desk):
                 if not (ended or block.endswith(b"\n")):
                     raise upstream.broken_off()
                 yield block
+            if not block.endswith(b"\n\n"):  # the end of its last event may have been still to come
+                yield b"\n\n"
         except Refused as error:
             yield f"\n{chat.failure(error)}{chat.DONE}"
 

@@ -41,7 +41,7 @@ def read_turns(body: Mapping[str, Any], limits: Limits) -> list[Turn]:
     for key in body:
         if not re.fullmatch("[a-z][a-z0-9_]*", key):  # a target that reads Messages as messages would see what nobody looked at
             raise Refused(400, "unsupported_parameter", "the body has a key that is not in small letters, digits and _; leave it out")
-    if (n := body.get("n")) is not None and not (isinstance(n, int) and 1 <= n <= CHOICES):
+    if (choices := body.get("n")) is not None and not (isinstance(choices, int) and 1 <= choices <= CHOICES):
         raise Refused(400, "invalid_value", f"n must be 1 to {CHOICES}", "n")
     messages = body.get("messages")
     if not isinstance(messages, list) or not 1 <= len(messages) <= MESSAGES:
