@@ -43,13 +43,20 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", help="a name in configs/ or a path")
     sub.add_argument("--allow-remote", action="store_true", help="let requests and pictures leave this machine")
 
-    def guarding(name: str, text: str, needed: bool = True) -> argparse.ArgumentParser:
-        """A command that runs a guard."""
+    def opening(
+        name: str, text: str, needed: bool = True, best: str = "checkpoint with the highest held-out request F1"
+    ) -> argparse.ArgumentParser:
+        """A command that runs a model."""
         sub = command(name, text)
         sub.add_argument("--model", required=needed, help="run folder, or Hugging Face checkpoint directory")
-        sub.add_argument("--best", action="store_true", help="a run's checkpoint with the highest held-out request F1; default the newest")
+        sub.add_argument("--best", action="store_true", help=f"a run's {best}; default the newest")
         sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time, on each device that shares the batch")
         sub.add_argument("--prompt-tokens", type=int, help="longest prompt, instead of the one that the model was trained with")
+        return sub
+
+    def guarding(name: str, text: str, needed: bool = True) -> argparse.ArgumentParser:
+        """A command that runs a guard."""
+        sub = opening(name, text, needed)
         sub.add_argument("--unbound", action="store_true", help="answers are not held to the format, to measure what that changes")
         sub.add_argument("--mode", choices=("think", "fast"), default="think", help="fast: without reasoning")
         sub.add_argument("--samples", type=int, default=1, help="answers to a conversation, drawn, that vote; 1: one greedy answer")
@@ -117,11 +124,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-text", type=int, default=100_000, metavar="CHARACTERS", help="of a conversation")
     sub.add_argument("--max-policy", type=int, default=20_000, metavar="CHARACTERS", help="of a request's own policy")
     sub.add_argument("--max-inputs", type=int, default=32, help="texts of one call of /v1/moderations; at most --queue")
-    sub = command("rewrite", "a rewriter's risk report and prompt: for one request from the flags, or for those of a file")
-    sub.add_argument("--model", required=True, help="run folder of `pgjax sft`, or Hugging Face checkpoint directory")
-    sub.add_argument("--best", action="store_true", help="a run's best checkpoint; default the newest")
-    sub.add_argument("--rows", type=int, default=8, help="answers that are decoded at a time, on each device that shares the batch")
-    sub.add_argument("--prompt-tokens", type=int, help="longest prompt, instead of the one that the model was trained with")
+    text = "a rewriter's risk report and prompt: for one request from the flags, or for those of a file"
+    sub = opening("rewrite", text, best="best checkpoint")
     sub.add_argument("--request", help="user text")
     sub.add_argument("--image", help="file")
     sub.add_argument("--jsonl", help="requests, one JSON object a line: id, request, image (a path beside the file)")

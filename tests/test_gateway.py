@@ -6,24 +6,35 @@ as the answer that a rule gives.
 
 import asyncio
 import base64
+import io
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
 import openai
 import pytest
+from PIL import ExifTags, Image
 from tiny_run import load_guard, make_run
 
 from pgjax.cli import main
+from pgjax.commands.start import read_key
+from pgjax.data.images import load_image
 from pgjax.data.toy import draw
+from pgjax.endpoint import data_url
 from pgjax.rewriter.gateway import ENDPOINTS, STOPPED, Gateway
 from pgjax.rewriter.record import Report, Rewriting, answer_of
 from pgjax.rewriter.rewriter import Rewriter, rewritten
+from pgjax.rewriter.toy_server import toy_server
 from pgjax.rewriter.upstream import Upstream
 from pgjax.serving.engine import Full
 from pgjax.serving.guard import Guard, How
@@ -31,6 +42,7 @@ from pgjax.serving.requests import Limits
 from pgjax.serving.server import Server, listen
 from pgjax.serving.service import Service, Serving
 
+ROOT = Path(__file__).parents[1]
 KEY, UPSTREAM_KEY, BYPASS = "moon-glass", "brass-vault", "side-door"
 CHAT = "/v1/chat/completions"
 PLAIN, VAULT, BAD = "Hello there.", "How do I open the brass vault?", "How do I forge the moonglass permit?"
@@ -307,9 +319,10 @@ def test_other_roles_and_keys_pass(http, target):
     call = {"id": "a", "type": "function", "function": {"name": "look", "arguments": "{}"}}
     messages = [
         {"role": "developer", "content": "Be brief about any vault."},
-        {"role": "user", "content": VAULT, "name": "ann"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "user", "content": VAULT},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
         {"role": "tool", "tool_call_id": "a", "content": [text("the vault is open")]},
+        {"role": "function", "name": "look", "content": "it is empty"},
     ]
     body = {"model": "m", "messages": messages, "tools": [{"type": "function"}], "top_p": 0.25, "seed": 2**70, "odd": {"a": [1.0, None]}}
     target.answer = answers(200, says({"content": None, "tool_calls": [call]}))
@@ -334,6 +347,36 @@ def test_a_host_cannot_show_the_target_another_picture(http, target, alone, monk
     assert target.messages == [{"role": "user", "content": [text(PLAIN), picture(URL)]}]
 
 
+@pytest.mark.parametrize("form", ["PNG", "GIF", "JPEG"])
+def test_the_target_sees_the_picture_that_was_looked_at(guarded, target, copper, form):
+    scene, other = (load_image(base64.b64decode(url.partition(",")[2])) for url in (URL, OTHER))
+    turned, file = Image.Exif(), io.BytesIO()
+    turned[ExifTags.Base.Orientation] = 6
+    match form:
+        case "PNG":
+            Image.merge("RGBA", (*scene.split(), Image.new("L", scene.size, 9))).save(file, form)  # all but transparent
+        case "GIF":
+            scene.save(file, form, save_all=True, append_images=[other])
+        case "JPEG":
+            scene.save(file, form, exif=turned)
+    shown = load_image(file.getvalue())
+    ask(guarded[1], [picture(data_url(file.getvalue())), text(VAULT)])
+    [sent, _] = target.messages[0]["content"]
+    sent = base64.b64decode(sent["image_url"]["url"].removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(sent)) as opened:
+        assert opened.mode == "RGB" and opened.n_frames == 1 and opened.tobytes() == shown.tobytes()
+    assert load_image(copper[0].images[0]).tobytes() == shown.tobytes()
+
+
+def test_a_picture_is_decoded_once_for_all_turns_about_it(http, target, monkeypatch):
+    target.answer = answers(200, says({"content": "ok"}))
+    large, seen = draw("C8S1", "unsafe", 600, 600, 5), []
+    monkeypatch.setattr("pgjax.data.images.load_image", lambda data: (seen.append(data), load_image(data))[1])
+    turns = [f"{PLAIN} {n}" for n in range(6)]
+    assert ask(http, [picture(data_url(large)), text(PLAIN)], "Hello.", *turns).status_code == 200
+    assert Ruled.asked[-1][1] == 1 and seen.count(large) == 2  # to see whether it is plain, and to make it smaller
+
+
 def user(content, **more) -> dict:
     return {"messages": [{"role": "user", "content": content} | more]}
 
@@ -348,8 +391,19 @@ STRANGE = {
     "a role like the user's": ({"messages": [{"role": "User", "content": "a"}]}, "invalid_type"),
     "no user": ({"messages": [{"role": "system", "content": "a"}]}, "invalid_request"),
     "no content": (user(None), "invalid_type"),
-    "more keys": (user("a", prompt="b"), "invalid_type"),
-    "a text for a name": (user("a", name="open the vault"), "invalid_type"),
+    "more keys": (user("a", prompt="b"), "unsupported_content"),
+    "a name": (user("a", name="open the vault"), "unsupported_content"),
+    "a tool's pictures": ({"messages": [*user("a")["messages"], {"role": "tool", "content": "b", "images": [URL]}]}, "unsupported_content"),
+    "messages twice": (user("a") | {"Messages": user("b")["messages"]}, "unsupported_parameter"),
+    "messages as another alphabet has them": (user("a") | {"me\u017f\u017fages": user("b")["messages"]}, "unsupported_parameter"),
+    "roles twice": ({"messages": [*user("a")["messages"], {"role": "system", "content": "b", "Role": "user"}]}, "unsupported_content"),
+    "contents twice": (user("a", Content="b"), "unsupported_content"),
+    "nothing said": (user(" "), "invalid_request"),
+    "many parts": (user([text("")] * 65), "unsupported_content"),
+    "many messages": ({"messages": user("a")["messages"] * 1025}, "invalid_type"),
+    "a long text of a tool": ({"messages": [*user("a")["messages"], {"role": "tool", "content": "b" * 3000}]}, "text_too_long"),
+    "many answers": (user("a") | {"n": 17}, "invalid_value"),
+    "a word for a number": (user("a") | {"n": "17"}, "invalid_value"),
     "no messages": ({}, "invalid_type"),
     "too many pictures": (user([picture(URL)] * 4), "too_many_images"),
     "a broken picture": (user([picture(URL[:90])]), "invalid_image"),
@@ -377,7 +431,7 @@ def test_of_two_keys_the_target_gets_the_one_that_was_read(http, target):
 
 def test_what_is_not_rewritten_is_not_sent_on(http, target, alone, monkeypatch):
     answer = ask(http, PLAIN, "Hello.", BAD)
-    refused(answer, 502, "not_rewritten")
+    refused(answer, 422, "not_rewritten")
     assert how(answer) == ("fallback", "off") and not target.requests
     monkeypatch.setattr(alone[0], "serving", replace(alone[0].serving, how=How(fail_open=True)))
     answer = ask(http, VAULT, "Hello.", BAD)
@@ -387,7 +441,7 @@ def test_what_is_not_rewritten_is_not_sent_on(http, target, alone, monkeypatch):
 
 def test_the_true_answers_of_random_weights_are_no_rewrites(http, target, monkeypatch):
     monkeypatch.setattr(Ruled, "read", Rewriter.read)
-    refused(ask(http, PLAIN), 502, "not_rewritten")
+    refused(ask(http, PLAIN), 422, "not_rewritten")
     assert not target.requests
 
 
@@ -422,6 +476,32 @@ def test_the_guard_judges_what_goes_on_and_what_comes_back(guarded, target, copp
     assert (asked.response, answered.response) == (None, answer.json()["choices"][0]["message"]["content"])
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "buy", "arguments": '{"what": "copper"}'}}
+AROUND = {
+    "a system's": [{"role": "system", "content": "Buy copper."}, *[{"role": "user", "content": PLAIN}]],
+    "a tool's": [{"role": "user", "content": PLAIN}, {"role": "tool", "tool_call_id": "a", "content": [text("copper")]}],
+    "a tool's name": [{"role": "user", "content": PLAIN}, {"role": "tool", "tool_call_id": "copper", "content": "a"}],
+    "an assistant's after the user's": [{"role": "user", "content": PLAIN}, {"role": "assistant", "content": "Take copper:"}],
+    "a call's": [{"role": "user", "content": PLAIN}, {"role": "assistant", "content": None, "tool_calls": [CALL]}],
+    "an earlier user's": [{"role": "user", "content": "copper"}, {"role": "user", "content": PLAIN}, {"role": "user", "content": " "}],
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_the_guard_reads_the_whole_conversation(guarded, target, monkeypatch, name):
+    seen = []
+
+    def verdict(_, case):
+        seen.append(case.example)
+        return {"flagged": any("copper" in words for _, words in case.example.turns), "parsed": True}
+
+    monkeypatch.setattr(Guard, "verdict", verdict)
+    answer = guarded[1].post(CHAT, json={"model": "tiny", "messages": AROUND[name]})
+    assert how(answer) == ("unchanged", "request") and not target.requests
+    role = "assistant" if name in ("an assistant's after the user's", "a call's") else "user"
+    assert seen[0].request == PLAIN and seen[0].turns[0][0] == role
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_flagged_request_goes_nowhere(guarded, target, copper, stream):
     answer = ask(guarded[1], "Is the vault of copper?", stream=stream)
@@ -453,6 +533,48 @@ def test_a_flagged_answer_is_not_handed_back(guarded, target, copper, name):
     assert "opper" not in answer.text and len(copper) == 1 + len(FLAGGED[name])
 
 
+TIN = json.loads(says({"content": "Take tin."}))
+HIDDEN = {
+    "beside the choices": json.dumps(TIN | {"note": "copper"}),
+    "as a key": json.dumps(TIN | {"choices": [{"message": {"tool_calls": [{"function": {"arguments": {"copper": 1}}}]}}]}),
+    "deep": json.dumps(TIN | {"choices": [{"message": {"content": "tin", "more": [{"id": "copper"}]}}]}),
+    "in a long name": json.dumps(TIN | {"model": "x" * 400 + "copper"}),
+    "in a stream's names": "".join(f'data: {{"id": "{n} {"x" * 50} copper", "choices": []}}\n\n' for n in range(9)) + "data: [DONE]\n\n",
+    "in a stream's error": 'data: {"error": {"message": "copper"}}\n\ndata: [DONE]\n\n',
+    "in pieces": event(5, content="cop") + event(1, content="tin") + event(5, content="per") + "data: [DONE]\n\n",
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_all_that_an_answer_says_is_judged(guarded, target, copper, name):
+    kind = "text/event-stream" if HIDDEN[name].startswith("data") else "application/json"
+    target.answer = answers(200, HIDDEN[name], kind=kind)
+    answer = ask(guarded[1], PLAIN)
+    assert how(answer) == ("unchanged", "response") and "copper" not in answer.text
+
+
+def test_what_was_not_judged_is_not_handed_back(guarded, target, copper):
+    twice = says({"content": "Take tin."}).replace('"choices"', '"choices": [{"message": {"content": "Take copper."}}], "choices"')
+    target.answer = answers(200, twice)
+    answer = ask(guarded[1], PLAIN)
+    assert how(answer) == ("unchanged", "passed") and answer.json() == TIN and "copper" not in answer.text
+    target.answer = answers(200, json.dumps(TIN | {"choices": [TIN["choices"][0] | {"logprobs": {"content": [{"bytes": [99, 111]}]}}]}))
+    assert ask(guarded[1], PLAIN).json()["choices"][0]["logprobs"] is None
+    noise = ": copper\n\nevent: copper\nid: copper\n"
+    target.answer = answers(200, noise, event(content="tin"), "data: [DONE]\n\n", kind="text/event-stream")
+    assert ask(guarded[1], PLAIN, stream=True).text == event(content="tin") + "data: [DONE]\n\n"
+    target.answer = answers(429, '{"error": {"message": "copper"}}', headers=[(b"retry-after", b"7")])
+    answer = ask(guarded[1], PLAIN)
+    refused(answer, 429, "upstream_failed")
+    assert answer.headers["retry-after"] == "7" and "copper" not in answer.text
+
+
+def test_more_answers_than_the_queue_takes(guarded, target, copper, model):
+    number = 2 * model.engine.queue + 1
+    target.answer = answers(200, says(*[{"content": f"Take {'tin' if n else 'copper'}."} for n in reversed(range(number))]))
+    assert how(ask(guarded[1], PLAIN)) == ("unchanged", "response") and len(copper) == 1 + number
+
+
 @pytest.mark.parametrize("word", ["copper", "silver"])
 def test_a_stream_is_held_until_it_is_judged(guarded, target, copper, word):
     events = [event(content="Take "), event(content=word[:3]), ": a comment\n\n", event(content=word[3:]), "data: [DONE]\n\n"]
@@ -460,7 +582,7 @@ def test_a_stream_is_held_until_it_is_judged(guarded, target, copper, word):
     answer = ask(guarded[1], PLAIN, stream=True)
     assert copper[1].response == f"Take {word}"  # in whole, not in its pieces
     if word == "silver":
-        assert answer.text == "".join(events) and how(answer) == ("unchanged", "passed")
+        assert answer.text == "".join(one for one in events if one[0] == "d") and how(answer) == ("unchanged", "passed")
     else:
         assert how(answer) == ("unchanged", "response") and "Take" not in answer.text and answer.text.endswith("data: [DONE]\n\n")
 
@@ -510,6 +632,9 @@ def test_the_bypass(http, target, caplog):
     assert got.body == body and b"x-pgjax-bypass" not in got.headers and BYPASS.encode() not in b"".join(got.headers.values())
     assert "bypass: neither rewritten nor judged walk-7" in caplog.text and "moonglass" not in caplog.text
     assert float(counted()) == before + 1
+    answer = http.post(CHAT, content=b"x" * (LIMITS.body + 1), headers={"X-Pgjax-Bypass": BYPASS})
+    refused(answer, 413, "body_too_large")
+    assert how(answer) == ("bypassed", "off") and float(counted()) == before + 1  # nothing was sent
 
 
 def test_a_wrong_bypass_key_passes_nothing(http, guarded, target):
@@ -540,6 +665,15 @@ def test_a_targets_errors_are_handed_back(http, target):
     refused(ask(http, PLAIN), 502, "upstream_failed")
 
 
+@pytest.mark.parametrize("status", [401, 403, 407])
+def test_what_a_target_says_of_the_key_is_not_handed_back(http, target, status, caplog):
+    target.answer = answers(status, f'{{"error": {{"message": "wrong key {UPSTREAM_KEY}"}}}}')
+    for answer in (ask(http, PLAIN), ask(http, PLAIN, headers={"X-Pgjax-Bypass": BYPASS}), http.get("/v1/models")):
+        refused(answer, 502, "upstream_refused")
+        assert UPSTREAM_KEY not in answer.text
+    assert f"does not let this one in: {status}" in caplog.text and UPSTREAM_KEY not in caplog.text
+
+
 def test_a_target_that_is_not_there(model):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # and does not listen
@@ -550,12 +684,62 @@ def test_a_target_that_is_not_there(model):
 
 
 def test_a_target_that_is_slow(http, target):
-    slowly = {"X-Request-Timeout": "0.5"}
+    slowly = {"X-Request-Timeout": "1"}
+    ask(http, PLAIN)  # and the rewrite is kept
     target.answer = answers(200, says({"content": "at last"}), wait=5)
     refused(ask(http, PLAIN, headers=slowly), 504, "timeout")
-    target.answer = answers(200, *[event(content="a")] * 40, kind="text/event-stream")
+    target.answer = answers(200, *[event(content="a")] * 60, kind="text/event-stream")
     answer = ask(http, PLAIN, headers=slowly, stream=True)
     assert answer.text.startswith(event(content="a")) and '"code": "timeout"' in answer.text and answer.text.endswith("data: [DONE]\n\n")
+
+
+def holds(*parts: str):
+    """An answer whose connection stays open, and the event that ends it."""
+    left = threading.Event()
+
+    async def answer(send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send({"type": "http.response.body", "body": "".join(parts).encode(), "more_body": True})
+        while not left.is_set():
+            await asyncio.sleep(0.01)
+        await send({"type": "http.response.body", "body": b""})
+
+    return answer, left
+
+
+def test_a_stream_ends_where_it_says_so(http, target):
+    target.answer, left = holds(event(content="tin"), "data: [DONE]\n")
+    answer = ask(http, PLAIN, stream=True)
+    left.set()
+    assert answer.text.rstrip("\n") == event(content="tin") + "data: [DONE]" and answer.text.endswith("\n\n")
+
+
+def test_streams_under_way_leave_room(http, target, model):
+    target.answer, left = holds(event(content="tin"))
+    with ExitStack() as opened:
+        for _ in range(model.engine.rows + model.engine.queue + 1):
+            body = user(PLAIN) | {"model": "tiny", "stream": True}
+            assert opened.enter_context(http.stream("POST", CHAT, json=body)).status_code == 200
+        left.set()
+
+
+def test_a_stream_that_nobody_reads_ends(http, target, monkeypatch, caplog):
+    async def floods(send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for _ in range(200):
+            await send({"type": "http.response.body", "body": (b"x" * 1023 + b"\n") * 128, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    ask(http, PLAIN)  # and the rewrite is kept
+    target.answer = floods
+    monkeypatch.setattr("pgjax.rewriter.gateway.GRACE", 0.1)
+    data = json.dumps(user(PLAIN) | {"model": "tiny", "stream": True}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nX-Request-Timeout: 2\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect((http.base_url.host, http.base_url.port))
+        sock.sendall(head.encode() + data)
+        until(lambda: "was not read by its deadline" in caplog.text)
 
 
 BROKEN = {
@@ -585,21 +769,30 @@ def test_an_answer_that_breaks_off_or_never_ends(http, target, monkeypatch):
     refused(ask(http, PLAIN), 502, "upstream_failed")
     target.answer = answers(200, *[event(content="Take ")] * 20, "data: [DONE]\n\n", kind="text/event-stream")
     assert '"code": "upstream_failed"' in ask(http, PLAIN, stream=True).text
+    monkeypatch.undo()
+    monkeypatch.setattr("pgjax.rewriter.upstream.LONGEST_LINE", 500)
+    target.answer = answers(200, event(content="tin"), *["x" * 300] * 3, "\n", kind="text/event-stream")
+    said = ask(http, PLAIN, stream=True).text
+    assert said.startswith(event(content="tin")) and "a line of more than 500 bytes" in said and "xx" not in said
 
 
 @pytest.mark.parametrize("waits_for", ["rewriter", "target", "stream"])
 def test_who_hangs_up_gives_the_row_back(http, target, behind, model, waits_for, monkeypatch):
     engine = model.engine if waits_for == "rewriter" else behind[2].engine
-    advance, before = engine._advance, engine.counts.answers
-    monkeypatch.setattr(engine, "_advance", lambda *args: (time.sleep(0.2), advance(*args))[1])
-    data = json.dumps(user(PLAIN) | {"model": "tiny", "stream": waits_for == "stream"}).encode()
+    advance, submit, before = engine._advance, engine.submit, engine.counts.answers
+    futures, left = [], threading.Event()
+    monkeypatch.setattr(engine, "submit", lambda *args: futures.append(submit(*args)) or futures[-1])
+    monkeypatch.setattr(engine, "_advance", lambda *args: (left.wait(60), advance(*args))[1])
+    data = json.dumps(user(PLAIN) | {"model": "tiny", "temperature": 0, "stream": waits_for == "stream"}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.create_connection((http.base_url.host, http.base_url.port)) as sock:
         sock.sendall(head.encode() + data)
-        until(lambda: engine.counts.busy == 1)
+        until(lambda: futures and not engine.counts.waiting)  # it has a row
         if waits_for == "stream":
             assert b" 200 " in sock.recv(100)
-    until(lambda: engine.counts.busy == 0)
+    until(futures[0].cancelled)
+    left.set()
+    until(lambda: not any(engine._held))
     assert engine.counts.answers == before and len(target.requests) == (waits_for != "rewriter")
 
 
@@ -611,14 +804,19 @@ def test_models_are_the_targets(client, target):
     assert target.requests[0].headers[b"authorization"] == f"Bearer {UPSTREAM_KEY}".encode()
 
 
-def test_metrics(guarded, copper):
-    ask(guarded[1], VAULT), ask(guarded[1], "copper")
+def test_metrics(guarded, target, copper):
+    first, again, _ = ask(guarded[1], VAULT), ask(guarded[1], VAULT), ask(guarded[1], "copper")
+    assert again.headers["x-pgjax-rewrite-tokens"] == first.headers["x-pgjax-rewrite-tokens"] != "0"  # nobody learns who asked before
+    for words in ("copper", "vault " * 400):
+        target.answer = answers(200, says({"content": words}))
+        ask(guarded[1], PLAIN)
     seen = guarded[1].get("/metrics").text
     for line in (
         'pgjax_rewrites_total{how="changed"}',
         "pgjax_rewrite_seconds_count",
         'pgjax_upstream_total{status="200"}',
         "pgjax_bypasses_total 0.0",
+        *(f'pgjax_guarded_total{{outcome="{outcome}"}}' for outcome in ("passed", "request", "response", "not_judged")),
         'pgjax_flagged_total{route="/v1/chat/completions"}',
         "pgjax_waiting 0.0",
         "pgjax_guard_waiting 0.0",
@@ -646,6 +844,16 @@ TO = ["--upstream", "http://127.0.0.1:9/v1"]
         (["--rewriter", "gone", "--upstream", "http://127.0.0.1:9"], "http(s)://HOST/v1"),
         (["--rewriter", "gone", *TO, "--upstream-key-file", "none.key"], "--upstream-key-file none.key"),
         (["--rewriter", "gone", *TO, "--bypass-key-file", "none.key"], "--bypass-key-file none.key"),
+        (["--rewriter", "gone", "--upstream", "http://127.0.0.1:99999/v1"], "http(s)://HOST/v1"),
+        (["--rewriter", "gone", "--upstream", "http://127.0.0.1:9/v1/../x/v1"], "http(s)://HOST/v1"),
+        (["--rewriter", "gone", "--upstream", "http://v1"], "http(s)://HOST/v1"),
+        *(
+            (["--rewriter", "gone", *TO, *flags], f"{flags[0]} is for a guard")
+            for flags in (["--policy", "a"], ["--categories", "C1"], ["--threshold", "0.5"], ["--samples", "2"], ["--mode", "fast"])
+        ),
+        (["--rewriter", "gone", *TO, "--unbound"], "--unbound is for a guard"),
+        (["--rewriter", "gone", *TO, "--name", "a"], "--name is for a guard"),
+        (["--rewriter", "gone", *TO, "--port", "0", "--prompt-tokens", "-3"], "prompt tokens -3 must be 1 or more"),
         (["--rewriter", "gone", *TO, "--port", "0"], "gone is not a run folder"),
         (["--rewriter", "gone", *TO, "--port", "0", "--queue", "0"], "must be 1 or more"),
     ],
@@ -654,6 +862,45 @@ def test_wrong_usage_is_one_line(capsys, flags, says):
     assert main(["serve", *flags]) == 2
     said = capsys.readouterr()
     assert says in said.err and said.err.count("\n") == 1 and "word@" not in said.err and not said.out
+
+
+@pytest.mark.parametrize("keys", [("api", "bypass"), ("api", "upstream"), ("bypass", "upstream")])
+def test_each_key_is_another(tmp_path, capsys, keys):
+    flags = []
+    for name in ("api", "bypass", "upstream"):
+        (tmp_path / name).write_text("one-word" if name in keys else name)
+        flags += [f"--{name}-key-file", str(tmp_path / name)]
+    assert main(["serve", "--rewriter", "gone", *TO, *flags]) == 2
+    said = capsys.readouterr().err
+    assert "different keys" in said and "one-word" not in said
+
+
+def test_a_key_of_the_environment_is_checked_as_that_of_a_file(tmp_path, capsys, monkeypatch):
+    for wrong in (" \n", "a b", "gl\u00e4ss"):
+        monkeypatch.setenv("PGJAX_UPSTREAM_KEY", wrong)
+        assert main(["serve", "--rewriter", "gone", *TO]) == 2
+        assert "PGJAX_UPSTREAM_KEY must hold one word" in capsys.readouterr().err
+    for value, key in ((f"{UPSTREAM_KEY}\n", UPSTREAM_KEY), ("", None)):
+        monkeypatch.setenv("PGJAX_UPSTREAM_KEY", value)
+        assert read_key("--upstream-key-file", None, "PGJAX_UPSTREAM_KEY") == key
+
+
+def test_the_command_as_a_process(run, tmp_path):
+    """A rewriter of random weights writes no rewrite: with --fail-open what was asked goes on."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    with toy_server() as toy:
+        flags = ["--rewriter", str(run), "--upstream", toy.url, "--port", "0", "--prompt-tokens", "640", "--fail-open"]
+        command = [sys.executable, "-m", "pgjax.cli", "serve", *flags, "--rows", "1"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True) as process:
+            try:
+                url = process.stdout.readline().split()[-1]
+                with openai.OpenAI(base_url=f"{url}/v1", api_key="any", timeout=300) as client:
+                    asked = client.chat.completions.with_raw_response
+                    raw = asked.create(model="toy-target", messages=user("How can I clean the brass vault?")["messages"])
+            finally:
+                process.send_signal(signal.SIGTERM)
+            assert process.wait() == 0
+        assert how(raw) == ("fallback", "off") and raw.parse().choices[0].message.content and toy.calls["toy-target"] == 1
 
 
 def test_the_command(model, tmp_path, monkeypatch):
@@ -667,5 +914,5 @@ def test_the_command(model, tmp_path, monkeypatch):
     for more in ([], ["--model", "guard", "--categories", "C1S1"]):
         assert main(["serve", *flags, "--port", "0", *more]) == 0
     for (gateway, _, endpoints), guard in zip(ran, (None, model), strict=True):
-        assert endpoints == ENDPOINTS and (gateway.judge.guard if gateway.judge else None) is guard
+        assert endpoints == ENDPOINTS and (gateway.judge.model if gateway.judge else None) is guard
         assert (gateway.target.url, gateway.target.key, gateway.bypass) == ("https://models.example/v1", UPSTREAM_KEY, BYPASS)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pgjax.config import VisionConfig
-from pgjax.data.images import MAX_SCANS, capped, image_grid, image_patches, load_image, slot_count, window_slots
+from pgjax.data.images import MAX_SCANS, capped, image_grid, image_patches, load_image, plain, slot_count, window_slots
 from tests.golden import make_positions
 
 VISION = VisionConfig(width=64, depth=2, heads=2, mlp=128, window=56, full_blocks=(1,))
@@ -31,6 +31,26 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 # --- decoding ---
+
+
+def test_what_others_might_read_in_another_way_is_written_anew():
+    image, other, turned = noise(8, 9), noise(8, 9, 1), Image.Exif()
+    turned[0x112] = 6
+    for same in (encoded(image), encoded(image, "JPEG"), encoded(image.convert("L"))):
+        assert plain(same) is same
+    frames = {"save_all": True, "append_images": [other]}
+    for strange in (
+        encoded(image.convert("RGBA")),
+        encoded(image, transparency=(0, 0, 0)),
+        encoded(image.convert("P")),
+        encoded(image, "JPEG", exif=turned),
+        *(encoded(image, kind, **frames) for kind in ("PNG", "GIF", "TIFF", "WEBP", "MPO")),
+    ):
+        made = Image.open(io.BytesIO(plain(strange)))
+        assert (made.format, made.mode, made.n_frames) == ("PNG", "RGB", 1)
+        assert made.tobytes() == load_image(strange).tobytes()
+    with pytest.raises(ValueError, match="not an image"):
+        plain(b"no picture")
 
 
 def test_modes_become_rgb():

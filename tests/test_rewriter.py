@@ -99,6 +99,7 @@ def test_the_command_for_a_file(pgjax, tmp_path):
         (["--request", "a", "--image", "none.png"], "none.png"),
         (["--request", "a"], "r is not a run folder"),
         (["--request", "a", "--rows", "0"], "must be 1 or more"),
+        (["--request", "a", "--prompt-tokens", "-3"], "must be 1 or more"),
         (["--jsonl", "rows.jsonl"], "rows.jsonl line 1: unknown key 'response'"),
         (["--jsonl", "empty.jsonl"], "rows"),
     ],

@@ -402,7 +402,7 @@ def test_the_log_has_no_texts(http, caplog):
 
 def test_markup_in_texts_is_text(server):
     """Whoever imitates markup gets the structure of everyone's prompt: the same special tokens, section markers, turns and tags."""
-    guard = server[1].guard
+    guard = server[1].model
     special = set(guard.tokenizer.all_special_ids)
     marks = ("<BEGIN CONVERSATION>", "<END CONVERSATION>", "\nUser:", "\nAgent:", "<answer>")
 
@@ -448,7 +448,7 @@ def until(condition, seconds: float = 10.0) -> None:
 
 
 def test_a_full_queue_and_a_deadline(server, http):
-    guard = server[1].guard
+    guard = server[1].model
     answers: list[httpx2.Response] = []
     with slowed(guard, 0.2):
         threads = [threading.Thread(target=lambda: answers.append(http.post(GUARD, json={"prompt": "a"}))) for _ in range(12)]
@@ -472,7 +472,7 @@ def test_a_full_queue_and_a_deadline(server, http):
 
 @pytest.mark.parametrize("body", [(GUARD, {"prompt": "a"}), (CHAT, SAY), (CHAT, SAY | {"stream": True})], ids=str)
 def test_who_hangs_up_gives_the_row_back(server, http, body):
-    guard, path = server[1].guard, body[0]
+    guard, path = server[1].model, body[0]
     data = json.dumps(body[1]).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
     with slowed(guard, 0.2):
@@ -486,7 +486,7 @@ def test_who_hangs_up_gives_the_row_back(server, http, body):
 
 def test_what_fails_inside_is_an_answer_too(server, http, monkeypatch):
     service = server[1]
-    monkeypatch.setattr(type(service.guard), "verdict", lambda *_: 1 / 0)
+    monkeypatch.setattr(type(service.model), "verdict", lambda *_: 1 / 0)
     said = refused(http.post(GUARD, json={"prompt": "a"}), 500, "internal_error")
     assert said["proguard"] == {"flagged": True, "fail": "closed"} and "division" not in said["error"]["message"]
     monkeypatch.undo()
@@ -527,14 +527,14 @@ def test_when_to_come_again(ended, waiting, seconds):
 
 def test_the_pace_is_that_since_the_engine_was_idle(server, http):
     service = server[1]
-    until(lambda: service.guard.engine.counts.busy == 0)
+    until(lambda: service.model.engine.counts.busy == 0)
     service.ended.extend([0.0, 1.0])  # long ago
     assert http.post(GUARD, json={"prompt": "a"}).status_code == 200
     assert len(service.ended) == 2 and service.ended[1] - service.ended[0] < 30
 
 
 def test_not_ready_while_the_engine_fails(server, http, monkeypatch):
-    engine = server[1].guard.engine
+    engine = server[1].model.engine
 
     def broken(*_):
         raise RuntimeError("a program failed")

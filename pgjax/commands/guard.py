@@ -92,7 +92,7 @@ def serve(args: argparse.Namespace, rest: list[str]) -> None:
     if args.host not in ("127.0.0.1", "localhost", "::1") and key is None and not args.no_key:
         raise ValueError(f"--host {args.host} lets other machines in: give --api-key-file or PGJAX_API_KEY, or say --no-key")
     start_jax(0)
-    target, bypass = gateway_of(args)
+    target, bypass = gateway_of(args, key)
     from pgjax.serving.guard import Guard
     from pgjax.serving.requests import Limits
     from pgjax.serving.server import listen, run
@@ -115,8 +115,8 @@ def serve(args: argparse.Namespace, rest: list[str]) -> None:
         run(Gateway(rewriter, serving, target, bypass, guard), sock, ENDPOINTS)
 
 
-def gateway_of(args: argparse.Namespace) -> tuple[Any, str | None]:
-    """The server behind the gateway, and the key for passing it by."""
+def gateway_of(args: argparse.Namespace, key: str | None) -> tuple[Any, str | None]:
+    """The server behind the gateway, and the key for passing it by; `key` is that of clients."""
     if not args.rewriter:
         if not args.model:
             raise ValueError("serve needs --model, a guard's folder, or --rewriter and --upstream")
@@ -125,10 +125,17 @@ def gateway_of(args: argparse.Namespace) -> tuple[Any, str | None]:
         return None, None
     if not args.upstream:
         raise ValueError("--rewriter needs --upstream, the URL of the server that answers the rewritten requests")
+    idle = {"policy": None, "categories": [], "threshold": None, "samples": 1, "mode": "think", "unbound": False, "name": None}
+    if given := [name for name, default in idle.items() if not args.model and getattr(args, name) != default]:
+        raise ValueError(f"--{given[0]} is for a guard, and --rewriter alone has none; give --model too, or leave it out")
     from pgjax.rewriter.upstream import Upstream, checked_url
 
     url, bypass = checked_url(args.upstream, args.allow_remote), read_key("--bypass-key-file", args.bypass_key_file)
-    return Upstream(url, read_key("--upstream-key-file", args.upstream_key_file, "PGJAX_UPSTREAM_KEY")), bypass
+    own = read_key("--upstream-key-file", args.upstream_key_file, "PGJAX_UPSTREAM_KEY")
+    keys = [one for one in (key, bypass, own) if one]
+    if len(set(keys)) < len(keys):
+        raise ValueError("--api-key-file, --bypass-key-file and --upstream-key-file must hold different keys")
+    return Upstream(url, own), bypass
 
 
 def judging(args: argparse.Namespace) -> Any:

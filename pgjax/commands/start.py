@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 
@@ -36,15 +37,18 @@ def recipe_of(args: argparse.Namespace, rest: list[str]):
 
 
 def read_key(flag: str, file: str | None, variable: str | None = None) -> str | None:
-    """A key from a file, or else from the environment."""
-    if file is None:
-        return os.environ.get(variable or "") or None
-    try:
-        key = Path(file).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{flag} {file} cannot be read as ASCII text: {getattr(error, 'strerror', None) or error}") from error
-    if not key or any(character.isspace() for character in key):
-        raise ValueError(f"{flag} {file} must hold one word, the key")
+    """A key from a file, or else from the environment, where an empty variable is none."""
+    where, text = f"the variable {variable}", os.environ.get(variable or "")
+    if file is not None:
+        where = f"{flag} {file}"
+        try:
+            text = Path(file).read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where} cannot be read as ASCII text: {getattr(error, 'strerror', None) or error}") from error
+    if file is None and not text:
+        return None
+    if not re.fullmatch("[!-~]+", key := (text or "").strip()):
+        raise ValueError(f"{where} must hold one word of ASCII, the key")
     return key
 
 

@@ -9,11 +9,12 @@ blocks of equal length; windows over the right and lower edge leave slots empty.
 import functools
 import io
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from pgjax.config import VisionConfig
 
@@ -65,6 +66,19 @@ def load_image(data: bytes) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def plain(data: bytes) -> bytes:
+    """The file, or where others might show another picture than `load_image` (several frames, transparency, turned by EXIF, neither RGB
+    nor grey) a PNG of that one. ValueError as `load_image`."""
+    image = load_image(data)
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as file:  # what is broken behind the first frame is not plain
+        several, turned = getattr(file, "n_frames", 1) > 1, file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        if file.mode in ("RGB", "L") and not (several or turned or "transparency" in file.info):
+            return data
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
 
 
 def read_image(path: str | Path) -> bytes:

@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 import time
 import uuid
 from collections import OrderedDict
@@ -15,19 +16,20 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import httpx2
 from prometheus_client import Counter, Histogram
 from pydantic import RootModel
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from pgjax.data.images import plain
 from pgjax.endpoint import data_url
 from pgjax.rewriter import upstream
 from pgjax.rewriter.rewriter import Rewriter, Rewritten
-from pgjax.rewriter.turns import Turn, exchanged, text_of, user_turns
+from pgjax.rewriter.turns import Turn, exchanged, read_turns
 from pgjax.rewriter.upstream import Upstream
 from pgjax.serving import chat
 from pgjax.serving.app import ALWAYS, Endpoints
@@ -40,6 +42,8 @@ from pgjax.serving.requests import Options, Refused, Said, parse, within
 from pgjax.serving.service import Service
 
 RECENT = 1024  # rewrites that are kept: a client sends the turns before the last one again
+ROOM = 256  # requests under way: most of their time they wait for the target
+GRACE = 5.0  # seconds after its deadline that a stream has for its last words
 STOPPED = "This was stopped by a safety check."  # in place of an answer
 STRENGTH = ("unchanged", "changed", "fallback")
 
@@ -54,6 +58,7 @@ class Done:
     tokens: int = 0  # that the rewriter wrote
     seconds: float = 0.0
     guard: Literal["off", "passed", "request", "response"] = "off"  # the last two: what it flagged, or could not judge
+    flagged: bool = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -62,9 +67,17 @@ class Done:
         return rewrite | counts | {"x-pgjax-guard": self.guard}
 
 
+class Pictures(NamedTuple):
+    """Of a turn, as the rewriter gets them."""
+
+    files: tuple[bytes, ...]
+    digest: bytes
+
+
 class Gateway(Desk):
     """`serving` is for both models: its limits, and what the guard judges by; with `how.fail_open` the request goes on as it came where
-    the rewriter's answer is a fallback. ValueError as `Service`, and where the rewriter's prompt has no room."""
+    the rewriter's answer is a fallback. ROOM requests may be under way, however few rows there are: a stream keeps its place as long as
+    the target writes. ValueError as `Service`, and where the rewriter's prompt has no room."""
 
     def __init__(self, rewriter: Rewriter, serving: Serving, target: Upstream, bypass: str | None = None, guard: Guard | None = None):
         self.rewriter, self.target, self.bypass = rewriter, target, bypass
@@ -76,8 +89,13 @@ class Gateway(Desk):
         registry = self.metrics.registry
         self.rewrites = Counter("pgjax_rewrites", "User messages, by what the rewriter made of them", ["how"], registry=registry)
         self.rewriting = Histogram("pgjax_rewrite_seconds", "From a message to its rewrite", buckets=SECONDS, registry=registry)
+        self.guarded = Counter("pgjax_guarded", "Requests, by the guard's word: passed, a side, not_judged", ["outcome"], registry=registry)
         self.bypasses = Counter("pgjax_bypasses", "Requests sent on without rewriter and guard", registry=registry)
         self.statuses = Counter("pgjax_upstream", "The target's answers", ["status"], registry=registry)
+
+    @property
+    def room(self) -> int:
+        return ROOM
 
     def hello(self) -> Ask:
         return self.rewriter.ask("Hello.", [])
@@ -95,17 +113,17 @@ class Gateway(Desk):
 
     # --- rewriting -------------------------------------------------------------------------------------------------------------------
 
-    async def rewritten(self, request: Request, said: Sequence[tuple[str, Sequence[bytes]]], deadline: float) -> list[Rewritten]:
+    async def rewritten(self, request: Request, said: Sequence[tuple[str, Pictures]], deadline: float) -> list[Rewritten]:
         """Each of these texts with its pictures; they wait side by side."""
-        began, keys = time.monotonic(), [await self.thread(partial(_digest, *one)) for one in said]
+        began, keys = time.monotonic(), [hashlib.sha256(shown.digest + text.encode()).digest() for text, shown in said]
         new = {key: one for key, one in zip(keys, said, strict=True) if key not in self.recent}
-        found = {key: self.recent[key]._replace(tokens=0) for key in keys if key not in new}
-        async with self.until(deadline):
-            asks = [await self.thread(partial(self.rewriter.ask, *one, deadline), one[1]) for one in new.values()]
-            answers = await self.answers(request, self.submit(asks))
-            for (key, (text, _)), [told] in zip(new.items(), answers, strict=True):
-                found[key] = await self.texts.run(self.rewriter.read, text, told, time.monotonic() - began)
-                self.rewriting.observe(found[key].seconds)
+        found = {key: self.recent[key] for key in keys if key not in new}
+        ask = lambda text, files: self.thread(partial(self.rewriter.ask, text, files, deadline), files)  # noqa: E731
+        asks = [await ask(text, shown.files) for text, shown in new.values()]
+        answers = await self.answers(request, self.submit(asks))
+        for (key, (text, _)), [told] in zip(new.items(), answers, strict=True):
+            found[key] = await self.texts.run(self.rewriter.read, text, told, time.monotonic() - began)
+            self.rewriting.observe(found[key].seconds)
         for key in keys:
             self.recent[key] = found[key]
             self.recent.move_to_end(key)
@@ -114,86 +132,104 @@ class Gateway(Desk):
             self.recent.popitem(last=False)
         return [found[key] for key in keys]
 
-    async def on_their_way(self, request: Request, messages: Any, deadline: float, done: Done) -> tuple[list[dict], Turn]:
-        """The messages that the target gets, and the last turn as it gets it."""
-        turns = user_turns(messages)
-        said = [turn for turn in turns if turn.says]
-        files, shown = await self.looked_at(turns, deadline)
+    async def on_their_way(self, request: Request, body: Mapping[str, Any], deadline: float, done: Done) -> tuple[bytes, Said]:
+        """What the target gets, and what the guard judges of it: what the user said last, and all other texts as earlier turns."""
+        turns = await self.thread(partial(read_turns, body, self.serving.limits))
+        asked = [turn for turn in turns if turn.asks]
+        pictures, shown = await self.looked_at(asked)
         began, most, made = time.monotonic(), self.model.engine.queue, []
-        for k in range(0, len(said), most):  # more at once would never be taken
-            some = [(turn.text, [files[url] for url in turn.urls]) for turn in said[k : k + most]]
+        for k in range(0, len(asked), most):  # more at once would never be taken
+            some = [(turn.text, pictures[turn.urls]) for turn in asked[k : k + most]]
             made += await self.rewritten(request, some, deadline)
-        done.rewrite = max((one.how for one in made), key=STRENGTH.index, default="unchanged")
+        done.rewrite = max((one.how for one in made), key=STRENGTH.index)
         done.tokens, done.seconds = sum(one.tokens for one in made), time.monotonic() - began
         if done.rewrite == "fallback" and not self.serving.how.fail_open:
-            raise Refused(502, "not_rewritten", "the request could not be rewritten and was not sent on; say it in other words")
-        prompts = {turn.n: one.prompt for turn, one in zip(said, made, strict=True) if one.how == "changed"}
-        last = turns[-1]
-        sent = last._replace(text=prompts.get(last.n, last.text), urls=tuple(shown.get(url, url) for url in last.urls))
-        return exchanged(messages, prompts, shown), sent
+            raise Refused(422, "not_rewritten", "the request could not be rewritten and was not sent on; say it in other words")
+        prompts = {turn.n: one.prompt for turn, one in zip(asked, made, strict=True) if one.how == "changed"}
+        texts = [prompts.get(turn.n, turn.text) for turn in turns]
+        others = [(turn.role, text) for turn, text in zip(turns, texts, strict=True) if turn is not asked[-1] and text.strip()]
+        earlier = tuple(("assistant" if role == "assistant" else "user", text) for role, text in others)
+        said = Said(texts[asked[-1].n], None, tuple(shown.get(url, url) for url in asked[-1].urls), earlier)
+        return await self.thread(partial(_written, body, prompts, shown)), said
 
-    async def looked_at(self, turns: Sequence[Turn], deadline: float) -> tuple[dict[str, bytes], dict[str, str]]:
-        """By URL, the pictures' files; and of those that were fetched the URLs that the target gets: a host might give it another file."""
-        urls = tuple(url for turn in turns for url in turn.own)
-        within(Said("\n".join(turn.text for turn in turns), urls=urls), self.serving.limits)
-        async with self.until(deadline):
-            files = {url: (await self.images([url]))[0] for url in dict.fromkeys(urls)}
-            fetched = {url: file for url, file in files.items() if url[:5].lower() != "data:"}
-            return files, {url: await self.thread(partial(data_url, file)) for url, file in fetched.items()}
+    async def looked_at(self, turns: Sequence[Turn]) -> tuple[dict[tuple[str, ...], Pictures], dict[str, str]]:
+        """The pictures of each turn, by their URLs. And where the target gets another URL, which: a host might give it another file, and
+        it might read a file that is not plain in another way."""
+        files, shown = {}, {}
+        for url in dict.fromkeys(url for turn in turns for url in turn.own):
+            [file] = await self.images([url])
+            files[url] = await self.thread(partial(plain, file), [file])
+            if files[url] is not file or url[:5].lower() != "data:":
+                shown[url] = await self.thread(partial(data_url, files[url]))
+        small = lambda urls: self.model.shrunk([files[url] for url in urls])  # noqa: E731
+        pictures = {}
+        for urls in {turn.urls for turn in turns}:
+            some = await self.thread(partial(small, urls), [files[url] for url in urls])
+            pictures[urls] = Pictures(some, await self.thread(partial(_digest, some)))
+        return pictures, shown
 
     # --- judging ---------------------------------------------------------------------------------------------------------------------
 
-    async def flags(self, request: Request, messages: Sequence[dict], turn: Turn, answers: Sequence[str | None], deadline: float) -> bool:
-        """Whether the guard flags the user's turn in its conversation (an answer is None), or any of the answers to it."""
-        if self.judge is None or not answers:
-            return False
-        before = [(m["role"], text_of(m)) for m in messages[: turn.n] if m["role"] in ("user", "assistant")]
-        turns = tuple((role, text) for role, text in before if text.strip())
-        said = [within(Said(turn.text, answer, turn.urls, turns), self.serving.limits) for answer in answers]
-        judged = await self.judge.verdicts(request, said, Options(), self.serving.how, deadline)
+    async def flags(self, request: Request, said: Sequence[Said], deadline: float) -> bool:
+        """Whether the guard flags any of these."""
+        assert self.judge
+        most, limits = self.judge.model.engine.queue, self.serving.limits
+        judged = []
+        for k in range(0, len(said), most):  # more at once would never be taken
+            some = [within(one, limits) for one in said[k : k + most]]
+            judged += await self.judge.verdicts(request, some, Options(), self.serving.how, deadline)
         return any(one.verdict["flagged"] for one in judged)
 
     # --- the target ------------------------------------------------------------------------------------------------------------------
 
-    async def asked(self, request: Request, path: str, body: bytes | None, deadline: float, held: bool) -> tuple[httpx2.Response, bytes]:
-        """The target's answer, and all of it; but of a stream that is not to be `held` back nothing has been read yet."""
-
-        async def ask() -> tuple[httpx2.Response, bytes]:
-            response = await self.target.open("GET" if body is None else "POST", path, body)
-            self.statuses.labels(response.status_code).inc()
-            if upstream.is_stream(response) and not held:
-                return response, b""
-            return response, await upstream.whole(response)
-
-        async with self.until(deadline):
-            return await present(request, ask())
+    async def asked(self, request: Request, path: str, body: bytes | None = None) -> httpx2.Response:
+        """The target's answer, of which nothing has been read yet."""
+        response = await present(request, self.target.open("GET" if body is None else "POST", path, body))
+        self.statuses.labels(response.status_code).inc()
+        if response.status_code in (401, 403, 407):  # what it says may repeat the key
+            await response.aclose()
+            log.error("the model's server does not let this one in: %d %s", response.status_code, request.state.name)
+            raise Refused(502, "upstream_refused", "the model's server does not let this one in; tell who runs it")
+        return response
 
     async def passed_on(self, response: httpx2.Response, deadline: float) -> AsyncIterator[bytes | str]:
-        """A stream's lines as they come, whole ones, so that what breaks off in the midst of one can end in good order."""
-        pieces, rest, ended = upstream.pieces(response), b"", False
+        """A stream as it comes, whole lines, so that what breaks off in the midst of one can end in good order. What follows its last line
+        is not waited for."""
+        blocks, ended = upstream.blocks(response), False
         try:
-            while True:
+            while not ended:
                 async with self.until(deadline):
-                    piece = await anext(pieces, None)
-                if piece is None:
-                    break
-                *lines, rest = (rest + piece).split(b"\n")
-                ended = ended or any(map(upstream.ends, lines))
-                if lines:
-                    yield b"\n".join(lines) + b"\n"
-            if not (ended or upstream.ends(rest)):
-                raise upstream.broken_off()
-            if rest:
-                yield rest
+                    block = await anext(blocks)
+                ended = any(map(upstream.ends, block.splitlines()))
+                if not (ended or block.endswith(b"\n")):
+                    raise upstream.broken_off()
+                yield block
+            if not block.endswith(b"\n\n"):  # the end of its last event may have been still to come
+                yield b"\n\n"
         except Refused as error:
             yield f"\n{chat.failure(error)}{chat.DONE}"
+
+
+class Passed(StreamingResponse):
+    """A stream that is not held. It ends soon after the deadline even where nobody reads it, and the target's with it."""
+
+    def __init__(self, gateway: Gateway, response: httpx2.Response, deadline: float):
+        headers = {"Cache-Control": "no-cache"}
+        super().__init__(gateway.passed_on(response, deadline), response.status_code, headers, "text/event-stream")
+        self.response, self.end = response, deadline + GRACE
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self.end - time.monotonic()):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a stream was not read by its deadline %s", scope["state"]["name"])
         finally:
-            await response.aclose()
+            await self.response.aclose()
 
 
-def _digest(text: str, images: Sequence[bytes]) -> bytes:
-    parts = [text.encode(), *images]
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+def _digest(files: Sequence[bytes]) -> bytes:
+    return hashlib.sha256(b"".join(hashlib.sha256(file).digest() for file in files)).digest()
 
 
 # --- routes --------------------------------------------------------------------------------------------------------------------------
@@ -205,75 +241,93 @@ async def complete(gateway: Gateway, request: Request) -> Response:
         answer = await _completed(gateway, request, done)
     except Refused as error:
         answer = refusal(error, request.url.path, gateway.serving.how.fail_open)
+    finally:
+        if done.guard != "off":
+            gateway.guarded.labels(done.guard if done.flagged or done.guard == "passed" else "not_judged").inc()
     answer.headers.update(done.headers)
     return answer
 
 
 async def _completed(gateway: Gateway, request: Request, done: Done) -> Response:
-    bypassed = _bypasses(gateway, request)
+    if bypassed := _bypasses(gateway, request):
+        done.rewrite = "bypassed"
     deadline = time.monotonic() + gateway.seconds(request)
     data: bytes | bytearray = await gateway.read(request, deadline)
-    path, held = "/chat/completions", gateway.judge is not None and not bypassed
-    if bypassed:
-        done.rewrite = "bypassed"
-        return await _handed_back(gateway, *await gateway.asked(request, path, bytes(data), deadline, held), deadline)
     async with gateway.until(deadline):
+        if bypassed:
+            gateway.bypasses.inc()
+            log.warning("bypass: neither rewritten nor judged %s", request.state.name)
+            return await _handed_on(gateway, request, await gateway.asked(request, "/chat/completions", bytes(data)), deadline)
         body = (await gateway.thread(partial(parse, Anything, data, gateway.serving.limits))).root
-    messages, turn = await gateway.on_their_way(request, body.get("messages"), deadline, done)
-    done.guard = "request" if held else "off"
-    if await gateway.flags(request, messages, turn, [None], deadline):
-        return stopped(body)
-    done.guard = "passed" if held else "off"
-    sent = await gateway.thread(partial(_written, body | {"messages": messages}))
-    response, answer = await gateway.asked(request, path, sent, deadline, held)
-    if held and response.is_success:
-        done.guard = "response"
-        texts = [text for text in await gateway.thread(partial(upstream.said, response, answer)) if text]
-        try:
-            if await gateway.flags(request, messages, turn, texts, deadline):
+        sent, said = await gateway.on_their_way(request, body, deadline, done)
+        if gateway.judge:
+            done.guard = "request"
+            done.flagged = await gateway.flags(request, [said], deadline)
+            if done.flagged:
                 return stopped(body)
-        except Refused as error:
-            raise error if error.status != 400 else Refused(502, "not_judged", f"the answer is held back: {error.message}") from None
-        done.guard = "passed"
-    return await _handed_back(gateway, response, answer, deadline)
+            done.guard = "passed"
+        response = await gateway.asked(request, "/chat/completions", sent)
+        if gateway.judge:
+            return await _judged(gateway, request, response, body, said, deadline, done)
+        return await _handed_on(gateway, request, response, deadline)
 
 
 def _bypasses(gateway: Gateway, request: Request) -> bool:
-    """Whether a request is to go on as it is; recorded."""
+    """Whether a request is to go on as it is."""
     given = request.headers.get("x-pgjax-bypass")
     if given is None:
         return False
     if gateway.bypass is None or not hmac.compare_digest(given.encode(), gateway.bypass.encode()):
         raise Refused(401, "invalid_bypass_key", "the key in X-Pgjax-Bypass is wrong, or this server takes none; leave the header out")
-    gateway.bypasses.inc()
-    log.warning("bypass: neither rewritten nor judged %s", request.state.name)
     return True
 
 
-def _written(body: Mapping[str, Any]) -> bytes:
+def _written(body: Mapping[str, Any], prompts: Mapping[int, str], shown: Mapping[str, str]) -> bytes:
     """Always from what was read: of two keys of one name, a target might read the other."""
+    body = {**body, "messages": exchanged(body["messages"], prompts, shown)}
     try:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
     except ValueError:
         raise Refused(400, "invalid_json", "the body has a number that JSON has no form for") from None
 
 
-async def _handed_back(gateway: Gateway, response: httpx2.Response, data: bytes, deadline: float) -> Response:
-    """The target's answer, and its errors. A stream that was not held is read as it is handed back."""
-    status = response.status_code
+async def _judged(
+    gateway: Gateway, request: Request, response: httpx2.Response, body: Mapping[str, Any], said: Said, deadline: float, done: Done
+) -> Response:
+    """The target's answer, all of which the guard has read; an error's text is held back."""
+    if not response.is_success:
+        await response.aclose()
+        raise _failed(response, "and what it says beside that is held back")
+    done.guard, stream = "response", upstream.is_stream(response)
+    texts, again = await gateway.thread(partial(upstream.parsed, await present(request, upstream.whole(response)), stream))
+    try:
+        done.flagged = await gateway.flags(request, [said._replace(response=text) for text in texts], deadline)
+    except Refused as error:
+        raise error if error.status != 400 else Refused(502, "not_judged", f"the answer is held back: {error.message}") from None
+    if done.flagged:
+        return stopped(body)
+    done.guard = "passed"
+    return Response(again, media_type="text/event-stream" if stream else "application/json", headers={"Cache-Control": "no-cache"})
+
+
+async def _handed_on(gateway: Gateway, request: Request, response: httpx2.Response, deadline: float) -> Response:
+    """The target's answer, and its errors; a stream is read as it is handed on."""
     if upstream.is_stream(response):
-        if response.is_closed:
-            return Response(data, status, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        left = BackgroundTask(response.aclose)  # whoever hung up before the first line
-        stream = gateway.passed_on(response, deadline)
-        return StreamingResponse(stream, status, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}, background=left)
+        return Passed(gateway, response, deadline)
+    data = await present(request, upstream.whole(response))
     try:
         await gateway.texts.run(json.loads, data)
     except (ValueError, RecursionError):
-        status = status if status >= 400 else 502
-        raise Refused(status, "upstream_failed", f"the model's server answered {response.status_code}, and no JSON") from None
+        raise _failed(response, "and no JSON") from None
     again = {"Retry-After": response.headers["retry-after"]} if "retry-after" in response.headers else {}
-    return Response(data, status, media_type="application/json", headers=again)
+    return Response(data, response.status_code, media_type="application/json", headers=again)
+
+
+def _failed(response: httpx2.Response, more: str) -> Refused:
+    """The target's own status, where it is one of an error."""
+    status, after = response.status_code, response.headers.get("retry-after", "")
+    retry = int(after) if re.fullmatch("[0-9]{1,6}", after) else None
+    return Refused(status if status >= 400 else 502, "upstream_failed", f"the model's server answered {status}, {more}", retry=retry)
 
 
 def stopped(body: Mapping[str, Any]) -> Response:
@@ -292,7 +346,8 @@ def stopped(body: Mapping[str, Any]) -> Response:
 async def models(gateway: Gateway, request: Request) -> Response:
     deadline = time.monotonic() + gateway.seconds(request)
     await gateway.read(request, deadline)
-    return await _handed_back(gateway, *await gateway.asked(request, "/models", None, deadline, True), deadline)
+    async with gateway.until(deadline):
+        return await _handed_on(gateway, request, await gateway.asked(request, "/models"), deadline)
 
 
 ENDPOINTS: Endpoints = {("POST", "/v1/chat/completions"): complete, ("GET", "/v1/models"): models, **ALWAYS}

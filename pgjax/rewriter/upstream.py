@@ -2,33 +2,36 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 
 from pgjax.endpoint import LARGEST_REPLY
-from pgjax.serving.endpoints import is_loopback
+from pgjax.rewriter.turns import strings
+from pgjax.serving import chat
+from pgjax.serving.endpoints import parse
 from pgjax.serving.requests import Refused
 
-_LINE = re.compile("\r\n|\r|\n")
-_NOT_SAID = ("role", "id", "type", "finish_reason", "logprobs")  # keys of a choice under which there is no text, or the same again
+LONGEST_LINE = 1 << 20  # bytes, of a stream
+_URL = re.compile(r"https?://[^/@?#]+/(?:[^@?#]+/)?v1/*")
+_FORM = ("id", "object", "model", "created", "system_fingerprint", "service_tier", "type", "role", "finish_reason", "index")
+FORM_LENGTH = 400  # characters of all different values of those together: what has more says something
 
 
 def checked_url(url: str, allow_remote: bool) -> str:
     """Without a slash at its end. ValueError for what is no URL up to /v1, and without `allow_remote` for one whose host is not this
     machine by its name alone."""
     try:
-        parts = httpx2.URL(url)
-    except httpx2.InvalidURL:
-        parts = httpx2.URL("")
-    whole = parts.scheme in ("http", "https") and parts.host and parts.path.rstrip("/").endswith("/v1")
-    if not whole or set("@?#") & set(url):
+        address = parse(f"target@{url}") if _URL.fullmatch(url) and "/." not in url else None
+    except ValueError:
+        address = None
+    if address is None:
         raise ValueError("--upstream must be http(s)://HOST/v1, without user, password and query; a key goes to --upstream-key-file")
-    if not (allow_remote or is_loopback(parts.raw_host.decode())):
-        raise ValueError(f"--upstream {parts.host}: requests would leave this machine; say --allow-remote")
-    return url.rstrip("/")
+    if not (allow_remote or address.here):
+        raise ValueError(f"--upstream {address.url}: requests would leave this machine; say --allow-remote")
+    return address.url
 
 
 @dataclass
@@ -80,6 +83,23 @@ async def pieces(response: httpx2.Response) -> AsyncIterator[bytes]:
         raise broken_off() from None
 
 
+async def blocks(response: httpx2.Response) -> AsyncIterator[bytes]:
+    """The same, each time up to the end of a line; of the last line the end may be missing. Refused as `pieces`, and for a line of more
+    than LONGEST_LINE bytes."""
+    held: list[bytes] = []
+    size = 0
+    async for piece in pieces(response):
+        whole, end, rest = piece.rpartition(b"\n")
+        if end:
+            yield b"".join((*held, whole, end))
+            held, size = [], 0
+        held.append(rest)
+        size += len(rest)
+        if size > LONGEST_LINE:
+            raise Refused(502, "upstream_failed", f"the model's answer has a line of more than {LONGEST_LINE} bytes")
+    yield b"".join(held)
+
+
 async def whole(response: httpx2.Response) -> bytes:
     """All of it, and closed."""
     try:
@@ -92,41 +112,51 @@ def is_stream(response: httpx2.Response) -> bool:
     return response.headers.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
 
 
-# --- what an answer says -----------------------------------------------------------------------------------------------------------
-
-
-def said(response: httpx2.Response, data: bytes) -> list[str]:
-    """The text of each choice of a completion, whole or streamed. Refused for what is none: nobody could say what it says."""
-    try:
-        texts: dict[int, dict[tuple, str]] = {}
-        for choice in _streamed(data) if is_stream(response) else json.loads(data)["choices"]:
-            of_choice = texts.setdefault(choice.get("index", 0), {})
-            for place, text in _strings(choice):
-                of_choice[place] = of_choice.get(place, "") + text
-        return ["\n".join(text for text in of_choice.values() if text.strip()) for of_choice in texts.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Refused(502, "upstream_failed", "the model's answer is no chat completion") from None
-
-
 def ends(line: bytes) -> bool:
     """Whether a stream's line is its last."""
     return line.startswith(b"data:") and line[5:].strip() == b"[DONE]"
 
 
-def _streamed(data: bytes) -> list[dict]:
-    """The choices in a stream's events."""
-    lines = [line for line in _LINE.split(data.decode("utf-8-sig")) if line.startswith("data:")]
-    if not any(ends(line.encode()) for line in lines):
+# --- what an answer says -----------------------------------------------------------------------------------------------------------
+
+
+def parsed(data: bytes, stream: bool) -> tuple[list[str], str]:
+    """What a completion says, of each choice, and of what else there is to read; and the completion written anew from what was read, so
+    that no more is handed back: without logprobs, whose tokens and bytes nobody judges. Refused for what is none."""
+    try:
+        if stream:
+            events = _events(data)
+        else:
+            events = [json.loads(data)]
+            events[0]["choices"]  # noqa: B018
+        for event in events:
+            for choice in event.get("choices") or ():
+                choice |= {"logprobs": None} if "logprobs" in choice else {}
+        return _said(events), "".join(map(chat.event, events)) + chat.DONE if stream else json.dumps(events[0], allow_nan=False)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refused(502, "upstream_failed", "the model's answer is no chat completion") from None
+
+
+def _events(data: bytes) -> list[dict]:
+    lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").splitlines() if line.startswith(b"data:")]
+    if not any(map(ends, lines)):
         raise broken_off()
-    return [choice for line in lines if not ends(line.encode()) for choice in json.loads(line[5:]).get("choices", ())]
+    return [json.loads(line[5:]) for line in lines if not ends(line)]
 
 
-def _strings(value: Any, place: tuple = ()) -> Iterator[tuple[tuple, str]]:
-    """The texts in a choice, and where they stand: content, refusal, reasoning, arguments of tools, whatever."""
-    match value:
-        case str():
-            yield place, value
-        case dict() | list():
-            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                if key not in _NOT_SAID:
-                    yield from _strings(part, (*place, key))
+def _said(events: Sequence[dict]) -> list[str]:
+    texts: dict[Any, dict[tuple, str]] = {}
+    form: set[str] = set()
+    for event in events:
+        beside = {key: value for key, value in event.items() if key != "choices"}
+        for number, part in [(None, beside), *((choice.get("index", 0), choice) for choice in event.get("choices") or ())]:
+            for place, text in strings(part):
+                if place[-1] in _FORM and (len(place) == 1 or place[:-1] in (("message",), ("delta",))):
+                    form.add(text)
+                else:
+                    of = texts.setdefault(number, {})
+                    of[place] = text if place[-1] is None else of.get(place, "") + text
+    if sum(map(len, form)) > FORM_LENGTH:
+        texts[""] = {(): "\n".join(sorted(form))}
+    said = ("\n".join(text for text in of.values() if text.strip()) for of in texts.values())
+    return [text for text in said if text]

@@ -48,7 +48,7 @@ async def moderate(service: Service, request: Request) -> Response:
 
 
 async def continue_chat(service: Service, request: Request) -> Response:
-    (body, deadline), guard = await service.body(request, Chat), service.guard
+    (body, deadline), guard = await service.body(request, Chat), service.model
     service.check_model(body.model)
     body.check()
     messages, urls = to_continue(body.messages, service.serving.limits)
@@ -78,7 +78,7 @@ async def continue_chat(service: Service, request: Request) -> Response:
 
 async def models(service: Service, request: Request) -> Response:
     name = service.serving.name
-    one = {"id": name, "object": "model", "created": 0, "owned_by": "pgjax", "not_a_guard": service.guard.recipe.not_a_guard}
+    one = {"id": name, "object": "model", "created": 0, "owned_by": "pgjax", "not_a_guard": service.model.recipe.not_a_guard}
     if "name" in request.path_params:
         service.check_model(request.path_params["name"])
         return JSONResponse(one)
@@ -111,14 +111,14 @@ ENDPOINTS: Endpoints = {
 
 
 def make_app(service: Desk, endpoints: Endpoints = ENDPOINTS) -> Starlette:
-    serving, engine = service.serving, service.model.engine
+    serving = service.serving
     fail_open = serving.how.fail_open
-    service.metrics.watch(engine)
+    service.metrics.watch(service.model.engine)
     border = Middleware(
         Border,
         metrics=service.metrics,
         key=serving.key,
-        room=engine.rows + engine.queue,
+        room=service.room,
         bodies=serving.limits.bodies,
         retry=service.retry,
         fail_open=fail_open,

@@ -86,6 +86,11 @@ class Desk(ABC):
         self.tried: Future | None = None  # the server's own request
         self.first = self.hello()
 
+    @property
+    def room(self) -> int:
+        """Requests that may be under way."""
+        return self.model.engine.rows + self.model.engine.queue
+
     @abstractmethod
     def hello(self) -> Ask:
         """The server's own request."""

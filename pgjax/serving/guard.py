@@ -104,7 +104,7 @@ class Guard(Model):
         """As `Model.load`. `bound` off: nothing holds answers to the format. `calibrated` off: scores as they come. ValueError for a
         calibration beside the model that belongs to another checkpoint.
         """
-        check_room(rows, queue)
+        check_room(rows, queue, prompt_tokens)
         calibration = read_calibration(folder, best) if calibrated else None
         saved = open_saved(folder, best)
         if saved.recipe.data.name == "rewriter":

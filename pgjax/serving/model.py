@@ -44,7 +44,7 @@ class Model:
         `rows` answers at a time on each device that shares the batch, `queue` requests may wait. `prompt_tokens` stands instead of the
         recipe's data.prompt_tokens; a model has not seen longer prompts in training.
         """
-        check_room(rows, queue)
+        check_room(rows, queue, prompt_tokens)
         return cls(*start(open_saved(folder, best), rows, queue, prompt_tokens, ids=("C1",)))
 
     def close(self) -> None:
@@ -76,9 +76,10 @@ class Model:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def check_room(rows: int, queue: int) -> None:
-    if min(rows, queue) < 1:
-        raise ValueError(f"rows {rows} and queue {queue} must be 1 or more")
+def check_room(rows: int, queue: int, prompt_tokens: int | None) -> None:
+    for name, number in {"rows": rows, "queue": queue, "prompt tokens": prompt_tokens}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} {number} must be 1 or more")
 
 
 def open_saved(folder: Path, best: bool = False) -> SavedRun:

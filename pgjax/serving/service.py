@@ -35,18 +35,14 @@ class Service(Desk):
         self.serving = replace(self.serving, limits=replace(limits, inputs=min(limits.inputs, engine.queue)))
         super().__post_init__()
 
-    @property
-    def guard(self) -> Guard:
-        return self.model
-
     def hello(self) -> Ask:
-        return self.guard.ask(conversation("Hello.", None, None), self.policy(None, ()), self.serving.how)[0]
+        return self.model.ask(conversation("Hello.", None, None), self.policy(None, ()), self.serving.how)[0]
 
     def policy(self, own: str | None, categories: Sequence[str]) -> Policy:
         """The request's policy, or the server's. ValueError for what cannot be one."""
         if own is None:
             own, categories = self.serving.own, categories or self.serving.categories
-        return self.guard.policy(tuple(categories), own)
+        return self.model.policy(tuple(categories), own)
 
     async def verdicts(self, request: Request, said: Sequence[Said], options: Options, how: How, deadline: float) -> list[Judged]:
         """A verdict for each conversation; they wait side by side."""
@@ -57,13 +53,13 @@ class Service(Desk):
             for one in said:
                 images = await self.images(one.urls)
                 example = await self.thread(partial(one.example, images))
-                asked.append((example, *await self.thread(partial(self.guard.ask, example, policy, how), images)))
+                asked.append((example, *await self.thread(partial(self.model.ask, example, policy, how), images)))
             futures = self.submit([ask for _, ask, _ in asked])
             await self.answers(request, futures)
             judged = []
             for (example, ask, nodes), future in zip(asked, futures, strict=True):
                 case = Case(example, policy, how, nodes, future)
-                judged.append(Judged(ask, case, await self.texts.run(self.guard.verdict, case)))
+                judged.append(Judged(ask, case, await self.texts.run(self.model.verdict, case)))
         for _, _, verdict in judged:
             self.metrics.judged(request.url.path, verdict)
         return judged
