@@ -394,6 +394,7 @@ STRANGE = {
     "more keys": (user("a", prompt="b"), "unsupported_content"),
     "a name": (user("a", name="open the vault"), "unsupported_content"),
     "a tool's pictures": ({"messages": [*user("a")["messages"], {"role": "tool", "content": "b", "images": [URL]}]}, "unsupported_content"),
+    "a template of the client's": (user("a") | {"chat_template": "{{ 1 }}"}, "unsupported_parameter"),
     "messages twice": (user("a") | {"Messages": user("b")["messages"]}, "unsupported_parameter"),
     "messages as another alphabet has them": (user("a") | {"me\u017f\u017fages": user("b")["messages"]}, "unsupported_parameter"),
     "roles twice": ({"messages": [*user("a")["messages"], {"role": "system", "content": "b", "Role": "user"}]}, "unsupported_content"),

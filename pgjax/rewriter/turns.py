@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from pgjax.serving.requests import Limits, Refused, Said, within
 
 OTHERS = ("system", "developer", "assistant", "tool", "function")  # whose texts pass as they are
-KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "function_call"}  # of their messages
+KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "function_call", "annotations"}  # of their messages
+UNREAD = {"chat_template", "chat_template_kwargs", "documents"}  # keys of a body that put texts into the target's prompt
 MESSAGES, PARTS, CHOICES = 1024, 64, 16  # of a chat, of a message, of an answer
 _NAMES = frozenset(  # of keys in messages and answers: the names of all others are texts like any
     "role content name tool_calls tool_call_id refusal function_call function arguments id type index text image_url message delta object "
@@ -38,6 +39,8 @@ class Turn(NamedTuple):
 
 def read_turns(body: Mapping[str, Any], limits: Limits) -> list[Turn]:
     """Refused for what is no chat, in which the user says nothing, and for what cannot be looked at or is too long."""
+    if unread := sorted(UNREAD & body.keys()):
+        raise Refused(400, "unsupported_parameter", f"{unread[0]} is read by nobody here; leave it out", unread[0])
     for key in body:
         if not re.fullmatch("[a-z][a-z0-9_]*", key):  # a target that reads Messages as messages would see what nobody looked at
             raise Refused(400, "unsupported_parameter", "the body has a key that is not in small letters, digits and _; leave it out")
