@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from tiny_qwen import QUICK
 from tiny_recipe import ONE, params, setup
 from tiny_run import one_device
@@ -33,6 +34,7 @@ from pgjax.sft.trainer import texts, train
 from pgjax.tokenizer import never_sampled, stop_ids, train_byte_bpe
 from pgjax.train.run_folder import read_metrics
 from pgjax.train.saved import open_run
+from pgjax.train.trainable import base
 from pgjax.train.update import TrainState
 
 SGD = optax.sgd(0.5)  # a step shows the gradient itself
@@ -280,6 +282,21 @@ def test_the_frozen_tower_stays_and_the_model_opens(run, root, taught):
             ask = model.chat(taught[1].messages, [image.read_bytes() for image in taught[1].images], limit=4)
             [told] = model.engine.submit(ask).result()
     assert 1 <= len(told.tokens) <= 4
+
+
+def test_adapters_alone_are_trained(root, tmp_path):
+    tiny = tiny_rewriter(root)
+    recipe = dataclasses.replace(
+        tiny, model=dataclasses.replace(tiny.model, lora_rank=2), sft=dataclasses.replace(tiny.sft, steps=1, validate_every=0)
+    )
+    with mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)):
+        train(recipe, tmp_path / "run", *read_lessons(recipe.data))
+    with mock.patch("pgjax.train.saved.make_mesh", one_device):
+        saved = flatten_dict(open_run(tmp_path / "run").params)
+    before = flatten_dict(base(setup(ONE, recipe.model).init(recipe.seed)))
+    adapters = {path: leaf for path, leaf in saved.items() if path not in before}
+    assert adapters and any(float(abs(leaf).max()) > 0 for path, leaf in adapters.items() if path[-1] == "lora_b")
+    assert all(float(abs(leaf - saved[path]).max()) < 1e-6 for path, leaf in before.items()), "but for the rounding of another program"
 
 
 def test_the_report(run, capsys):
