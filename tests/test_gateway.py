@@ -24,7 +24,7 @@ import httpx2
 import openai
 import pytest
 from PIL import ExifTags, Image
-from tiny_run import load_guard, make_run
+from tiny_run import load_guard, make_run, rewriter_of
 
 from pgjax.cli import main
 from pgjax.commands.start import read_key
@@ -70,7 +70,7 @@ class Ruled(Rewriter):
         return super().ask(request, images, deadline)
 
     def read(self, request, told, seconds):
-        return rewritten(request, rule(request), len(told.tokens), seconds, self.model.tokenizer)
+        return rewritten(request, rule(request), len(told.tokens), seconds, self.tokenizer)
 
 
 class Recorder:
@@ -172,7 +172,7 @@ def model(run):
 
 @contextmanager
 def gateway_to(url: str, model: Guard, serving: Serving, **more):
-    gateway = Gateway(Ruled(model), serving, Upstream(url, UPSTREAM_KEY), **more)
+    gateway = Gateway(rewriter_of(model, Ruled), serving, Upstream(url, UPSTREAM_KEY), **more)
     with (
         running(Server(gateway, ENDPOINTS)) as address,
         httpx2.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as http,
@@ -908,7 +908,7 @@ def test_the_command(model, tmp_path, monkeypatch):
     (tmp_path / "bypass").write_text(f"{BYPASS}\n")
     monkeypatch.setenv("PGJAX_UPSTREAM_KEY", UPSTREAM_KEY)
     monkeypatch.setattr(Guard, "load", lambda *_, **__: nullcontext(model))
-    monkeypatch.setattr(Rewriter, "load", lambda *_, **__: nullcontext(Rewriter(model)))
+    monkeypatch.setattr(Rewriter, "load", lambda *_, **__: nullcontext(rewriter_of(model)))
     ran: list = []
     monkeypatch.setattr("pgjax.serving.server.run", lambda *args: ran.append(args))
     flags = ["--rewriter", "r", "--upstream", "https://models.example/v1/", "--allow-remote", "--bypass-key-file", str(tmp_path / "bypass")]

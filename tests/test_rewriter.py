@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 from tiny_recipe import materials
-from tiny_run import load_guard, make_run
+from tiny_run import load_guard, make_run, rewriter_of
 
 from pgjax.cli import main
 from pgjax.data.toy import draw
@@ -42,7 +42,7 @@ def test_the_longest_rewrite():
 @pytest.fixture(scope="module")
 def rewriter(tmp_path_factory):
     with load_guard(make_run(tmp_path_factory.mktemp("runs") / "tiny"), rows=4, queue=4, prompt_tokens=640) as model:
-        yield Rewriter(model)
+        yield rewriter_of(model)
 
 
 def test_random_weights_fall_back(rewriter):

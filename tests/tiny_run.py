@@ -12,7 +12,9 @@ from tiny_recipe import host_params, materials, tiny_recipe
 
 from pgjax.config import MeshConfig
 from pgjax.parallel.mesh import make_mesh
+from pgjax.rewriter.rewriter import Rewriter
 from pgjax.serving.guard import Guard
+from pgjax.serving.model import Model
 from pgjax.tokenizer import token_bytes
 from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.run_folder import RunFolder
@@ -51,3 +53,8 @@ def load_guard(path: Path, **how) -> Guard:
         mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)),
     ):
         return Guard.load(path, **how)
+
+
+def rewriter_of(model: Model, kind: type[Rewriter] = Rewriter) -> Rewriter:
+    """A rewriter on the engine of another model, which stays the owner's to close."""
+    return kind(model.recipe, model.tokenizer, model.automaton, model.engine)

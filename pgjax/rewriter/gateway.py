@@ -81,7 +81,7 @@ class Gateway(Desk):
 
     def __init__(self, rewriter: Rewriter, serving: Serving, target: Upstream, bypass: str | None = None, guard: Guard | None = None):
         self.rewriter, self.target, self.bypass = rewriter, target, bypass
-        super().__init__(rewriter.model, serving)
+        super().__init__(rewriter, serving)
         self.judge = Service(guard, serving, Common(self.metrics, self.texts, self.pictures)) if guard else None
         if guard:
             self.metrics.watch(guard.engine, "pgjax_guard")

@@ -3,9 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 from pgjax.conversation import neutralise, neutralise_special
 from pgjax.data.arrays import TooLong
@@ -35,46 +33,27 @@ class Rewritten(NamedTuple):
         return "\n".join([*lines, f"prompt:   {printable(self.prompt, len(self.prompt))}", f"how:      {self.how}{why}"])
 
 
-@dataclass(frozen=True)
-class Rewriter:
-    """Use it as a context manager, or call `close`: the engine behind the model is a thread."""
-
-    model: Model
-
-    @classmethod
-    def load(cls, folder: Path, best: bool = False, *, rows: int = 8, queue: int = 64, prompt_tokens: int | None = None) -> Self:
-        """As `Model.load`."""
-        return cls(Model.load(folder, best, rows=rows, queue=queue, prompt_tokens=prompt_tokens))
-
-    def close(self) -> None:
-        self.model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
+class Rewriter(Model):
     def ask(self, request: str, images: Sequence[bytes], deadline: float | None = None) -> Ask:
         """What the engine is asked, greedily; `deadline` is a time.monotonic(). ValueError for a picture that cannot be read and for what
         does not fit the model's prompt."""
-        model, messages = self.model, rewriter_messages(request, len(images))
+        messages = rewriter_messages(request, len(images))
         try:
-            return model.chat(messages, model.shrunk(images), limit=model.recipe.answer.max_tokens, deadline=deadline)
+            return self.chat(messages, self.shrunk(images), limit=self.recipe.answer.max_tokens, deadline=deadline)
         except TooLong as error:
-            most, patches = model.engine.prompt_tokens, model.recipe.data.patches
+            most, patches = self.engine.prompt_tokens, self.recipe.data.patches
             raise ValueError(
                 f"the request takes {error.tokens} of the rewriter's {most} tokens and {error.slots} of its {patches} patches; "
                 "shorten it, or give fewer pictures"
             ) from None
 
     def read(self, request: str, told: Told, seconds: float) -> Rewritten:
-        return rewritten(request, self.model.text(told.tokens), len(told.tokens), seconds, self.model.tokenizer)
+        return rewritten(request, self.text(told.tokens), len(told.tokens), seconds, self.tokenizer)
 
     def rewrite(self, request: str, images: Sequence[bytes]) -> Rewritten:
         """Waits for the answer. ValueError as `ask`."""
         began = time.monotonic()
-        [told] = self.model.engine.submit(self.ask(request, images), wait=True).result()
+        [told] = self.engine.submit(self.ask(request, images), wait=True).result()
         return self.read(request, told, time.monotonic() - began)
 
     def rewrites(self, examples: Iterable[Example]) -> Iterator[Rewritten]:
@@ -90,10 +69,10 @@ class Rewriter:
         for example in examples:
             request = example.request or ""
             try:
-                flight.append((request, time.monotonic(), self.model.engine.submit(self.ask(request, example.images), wait=True)))
+                flight.append((request, time.monotonic(), self.engine.submit(self.ask(request, example.images), wait=True)))
             except ValueError as error:
                 raise ValueError(f"{example.id}: {error}") from error
-            if len(flight) >= 2 * self.model.engine.rows:
+            if len(flight) >= 2 * self.engine.rows:
                 yield first()
         while flight:
             yield first()
