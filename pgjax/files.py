@@ -22,6 +22,13 @@ def read_json(file: Path) -> dict:
     return data
 
 
+def check_out(path: Path) -> None:
+    """ValueError where a folder of this name could not be made and written to, so that it is known before anything is done."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"--out {path}: {there} is no folder that can be written to; give another")
+
+
 def replace_file(path: Path, text: str) -> None:
     """A reader sees the old file or the new one, never half of it, however many write it at a time."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")

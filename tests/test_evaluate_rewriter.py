@@ -266,8 +266,8 @@ def test_the_command(world, capsys, tmp_path, monkeypatch):
         (["--benchmark", "vlguard", "--data", "{}/nowhere"], "nowhere is no folder"),
         (["--benchmark", "vlguard", "--defence", "prayer"], "invalid choice"),
         (["--benchmark", "vlguard", "--out", "{}/model"], "give another"),
-        (["--benchmark", "vlguard", "--out", "{}/model/config.json"], "is a file or below one"),
-        (["--benchmark", "vlguard", "--out", "{}/model/config.json/a/b"], "is a file or below one"),
+        (["--benchmark", "vlguard", "--out", "{}/model/config.json"], "is no folder that can be written to"),
+        (["--benchmark", "vlguard", "--out", "{}/model/config.json/a/b"], "is no folder that can be written to"),
         (["--benchmark", "vlguard", "--rewriter", "{}/model"], "must hold a list of groups"),
     ],
 )

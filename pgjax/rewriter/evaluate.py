@@ -18,7 +18,7 @@ from pgjax.data.sources.files import data_root, first_groups
 from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
 from pgjax.endpoint import DEFAULTS, Endpoint, Failed, Limits, Reply
-from pgjax.files import replace_file
+from pgjax.files import check_out, replace_file
 from pgjax.pages.samples import thumbnail
 from pgjax.rewriter import evaluation_report as report
 from pgjax.rewriter.defences import BASELINES, DEFENCES, REWRITER, Answered, Defence, rewriting
@@ -55,8 +55,7 @@ class Job:
     def __post_init__(self) -> None:
         if (self.out / "config.json").exists():
             raise ValueError(f"--out {self.out} is a run folder or a model, whose report would be overwritten; give another")
-        if not next(path for path in (self.out, *self.out.parents) if path.exists()).is_dir():
-            raise ValueError(f"--out {self.out} is a file or below one; give a folder")
+        check_out(self.out)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit {self.limit} must be 1 or more")
         if REWRITER in self.defences and not self.rewriter:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import shlex
 import sys
 import time
@@ -28,7 +27,7 @@ from pgjax.data.sources.files import data_root, order_of
 from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
 from pgjax.endpoint import Failed
-from pgjax.files import new_folder
+from pgjax.files import check_out, new_folder
 from pgjax.rewriter.config import TOY, Synthesis
 from pgjax.rewriter.flow import some_at_a_time
 from pgjax.rewriter.quality import SAFE_ALREADY, Ends, Made, make, version
@@ -64,9 +63,7 @@ async def synthesize(config: Synthesis, allow_remote: bool = False) -> dict:
     """Makes `config.folder` anew and returns its manifest. ValueError for what cannot be read or opened, and where nothing answers."""
     folder, began = config.folder, time.monotonic()
     replies = folder.with_name(f"{folder.name}-replies")
-    there = next(path for path in (replies, *replies.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"--out {folder}: {there} is no folder that can be written to; give another")
+    check_out(folder), check_out(replies)
     if folder.exists() and not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is there and is no data of an earlier synthesis; give --out another folder")
     async with AsyncExitStack() as stack:
