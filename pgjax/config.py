@@ -97,7 +97,8 @@ class OODConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: Literal["toy", "public_mix", "jsonl", "rewriter"] = "toy"  # jsonl: your own rows; rewriter: those of `pgjax synthesize`
+    # jsonl: your own rows; built: a folder of data/build.py; rewriter: rows of `pgjax synthesize`
+    name: Literal["toy", "public_mix", "jsonl", "built", "rewriter"] = "toy"
     root: str | None = None  # where they lie; of public sets the default is $PGJAX_DATA
     taxonomy: str | None = None  # YAML; default the packaged one
     prompts: str | None = None  # folder of templates; default the packaged ones

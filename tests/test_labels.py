@@ -7,7 +7,7 @@ import pytest
 from tiny_recipe import P, R, batch, host_params, materials, params, setup
 
 from pgjax.conversation import answer_text
-from pgjax.generate.labels import answer_scorer, label_prefixes, label_probability
+from pgjax.generate.labels import answer_scorer, label_prefixes, label_probabilities
 from pgjax.generate.law import Law
 from pgjax.tokenizer import never_sampled
 
@@ -65,7 +65,7 @@ def alone(line: str) -> np.ndarray:
 @pytest.mark.parametrize(("line", "have"), [("Request", [0, 1, 2, 5, 7]), ("Response", [0, 1, 5, 7])])
 def test_equal_to_each_answer_alone(line, have):
     scorer = answer_scorer(MODEL, LAW, setup().mesh)
-    got = label_probability(scorer, host_params(), batch()[0], TEXTS, line, TOKENIZER, R)
+    got = label_probabilities(scorer, host_params(), batch()[0], TEXTS, TOKENIZER, R)[line]
     assert np.flatnonzero(~np.isnan(got)).tolist() == have
     comparable = [p for p in have if p != 7]  # the never-sampled token leaves no sum to compare with
     np.testing.assert_allclose(got[comparable], alone(line)[comparable], atol=1e-5)
@@ -76,11 +76,11 @@ def test_a_mesh_changes_nothing():
     """Rows sharded, rows that the mesh does not divide, and rows on one device."""
     mesh = (2, 2, 2)
     sharded = answer_scorer(MODEL, LAW, setup(mesh).mesh)
-    whole = label_probability(answer_scorer(MODEL, LAW, setup().mesh), host_params(), batch()[0], TEXTS, "Request", TOKENIZER, R)
-    got = label_probability(sharded, params(mesh), batch()[0], TEXTS, "Request", TOKENIZER, R)
+    whole = label_probabilities(answer_scorer(MODEL, LAW, setup().mesh), host_params(), batch()[0], TEXTS, TOKENIZER, R)["Request"]
+    got = label_probabilities(sharded, params(mesh), batch()[0], TEXTS, TOKENIZER, R)["Request"]
     np.testing.assert_allclose(got, whole, atol=1e-5)
     first = jax.tree.map(lambda x: x[1:2], batch()[0])
-    got = label_probability(sharded, params(mesh), first, TEXTS[1:2], "Request", TOKENIZER, R)
+    got = label_probabilities(sharded, params(mesh), first, TEXTS[1:2], TOKENIZER, R)["Request"]
     np.testing.assert_allclose(got, whole[1:2], atol=1e-5)
 
 

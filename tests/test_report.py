@@ -360,7 +360,8 @@ def answered(P: int = 8) -> Answered:
     verdict = Verdict(parsed, np.where(parsed, 1, 3), np.where(parsed, 0, 3), np.where(parsed, 1, -1), np.where(parsed, known, -1))
     terms = {"format": parsed.astype(np.float32), "request": np.ones(P, np.float32)}
     chance = {"request": np.where(parsed, 0.75, np.nan)}
-    return Answered(batch, np.full(P, 3), verdict, np.zeros(P), np.ones(P), terms, [f"answer {p}" for p in range(P)], chance)
+    near = {"naming": np.where(parsed, 0.5, np.nan)}
+    return Answered(batch, np.full(P, 3), verdict, np.ones(P), terms, [f"answer {p}" for p in range(P)], chance, near)
 
 
 def test_sample_rows():
@@ -369,12 +370,16 @@ def test_sample_rows():
     assert [row["id"] for row in kept] == [example.id for example, _ in given.batch.rows] and json.loads(
         json.dumps(kept, allow_nan=False)
     ) == kept
-    assert kept[0]["said"] is None and kept[0]["score_request"] is None and kept[0]["terms"]["format"] == 0
+    assert kept[0]["said"] is None and kept[0]["score_request"] is None is kept[0]["naming"] and kept[0]["terms"]["format"] == 0
     for p, (row, (example, view)) in enumerate(zip(kept, given.batch.rows, strict=True)):
         assert (row["request"], row["response"], row["answer"]) == (example.request, example.response, f"answer {p}")
         assert row["source"] == example.source and row["shown"] == [shown for shown, _ in view.entries] and row["length"] == 3
         if p:
-            assert row["said"] in [m.taxonomy.nodes[node].id for _, node in view.entries] and row["score_request"] == 0.75
+            assert (
+                row["said"] in [m.taxonomy.nodes[node].id for _, node in view.entries]
+                and row["score_request"] == 0.75
+                and row["naming"] == 0.5
+            )
     hidden = {row["node"] for row in kept if row["category"] == "ood"}
     assert not hidden & {shown for row in kept if row["node"] in hidden for shown in row["shown"]}
     assert {row["category"] for row in kept} >= {"none"} and "score_response" not in kept[0]

@@ -184,7 +184,7 @@ def as_rows(guard: Guard, policy: Policy, done: Pass, how: How, judges: Judges) 
     told = [case.future.result()[0] for case in done.cases]
     texts = [guard.opening(how.mode) + guard.text(one.tokens) for one in told]
     length_P = np.array([len(one.tokens) for one in told])
-    answered = Answered(Batch(None, gold, done.shown), length_P, verdict, naming["naming"], reward_P, terms, texts, scores)
+    answered = Answered(Batch(None, gold, done.shown), length_P, verdict, reward_P, terms, texts, scores, naming)
     return Rows(verdict, gold, group_P, scores, naming), answered
 
 

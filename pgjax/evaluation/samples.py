@@ -14,7 +14,8 @@ def sample_rows(answered: Answered, taxonomy: Taxonomy, content: bool) -> list[d
     * `category`: its kind in this prompt, "ood" where the gold node is hidden; `never_seen`: OOD of the second kind.
     * `shown`: the ids that the prompt's policy lists; `said`: canonical id of the node that the answer named by its id, or null.
     * `verdict`: the codes of `automaton.Verdict`; `length`: tokens of the answer; `reward` and its `terms` (rewards.py).
-    * `score_request`, `score_response`: probability of unsafe; no key where it was not scored, null where the answer has no such line.
+    * `score_request`, `score_response`: probability of unsafe; null where the answer has no such line.
+    * `naming` and its like: how near the answer's name comes to its gold node, by measure; null where nothing can be near.
     * with `content`: the texts `request`, `response` (null where there is none) and `answer`.
     """
     rows = []
@@ -34,6 +35,7 @@ def sample_rows(answered: Answered, taxonomy: Taxonomy, content: bool) -> list[d
             "terms": {name: float(term_P[p]) for name, term_P in answered.terms.items()},
         }
         row |= {f"score_{line}": _number(score_P[p]) for line, score_P in answered.scores.items()}
+        row |= {measure: _number(near_P[p]) for measure, near_P in answered.naming.items()}
         if content:
             row |= {"request": example.request, "response": example.response, "answer": answered.texts[p]}
         rows.append(row)

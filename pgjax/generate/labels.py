@@ -21,6 +21,7 @@ from pgjax.models.qwen_vl import QwenVL
 from pgjax.parallel.mesh import constrain, local_rows, place_rows
 
 Line = Literal["Request", "Response"]
+LINES: tuple[Line, ...] = ("Request", "Response")
 Scorer = Callable[[dict, PromptBatch, np.ndarray, np.ndarray], np.ndarray]
 
 _ANSWER = re.compile(r"<answer>\r?\n(?=Request:)")
@@ -68,22 +69,28 @@ def answer_scorer(model: QwenVL, law: Law, mesh) -> Scorer:
     return scorer
 
 
-def label_probability(
-    scorer: Scorer, params: dict, prompt: PromptBatch, texts_P: Sequence[str], line: Line, tokenizer, limit: int
-) -> np.ndarray:
-    """Probability of unsafe, float64 [P]: the softmax of both labels' logprobs after each answer's own words. `limit` is R.
+def label_probabilities(
+    scorer: Scorer, params: dict, prompt: PromptBatch, texts_P: Sequence[str], tokenizer, limit: int
+) -> dict[Line, np.ndarray]:
+    """Probability of unsafe on each line, float64 [P]: the softmax of both labels' logprobs after each answer's own words. `limit` is R.
 
-    NaN where the answer has no such line, or has more than R tokens when its text is tokenized again (bytes that were no UTF-8).
+    NaN where the answer has no such line, or has more than R tokens when its text is tokenized again (bytes that were no UTF-8). Both
+    lines are scored behind one pass over the prompts.
     """
-    closed_PG = [label_prefixes(text, line) or ("", "") for text in texts_P]
-    ids_PG = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in closed_G] for closed_G in closed_PG]
-    ids_PG = [ids_G if max(map(len, ids_G)) <= limit else [[], []] for ids_G in ids_PG]
-    tokens_PGR, length_PG = answer_rows(ids_PG, limit)
+    encode = lambda pair: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair or ("", "")]  # noqa: E731
+    pairs_PL = [[encode(label_prefixes(text, line)) for line in LINES] for text in texts_P]
+    pairs_PL = [[pair if max(map(len, pair)) <= limit else [[], []] for pair in pair_L] for pair_L in pairs_PL]
+    tokens_PGR, length_PG = answer_rows([[ids for pair in pair_L for ids in pair] for pair_L in pairs_PL], limit)
     logp_PQ = scorer(params, prompt, tokens_PGR, length_PG).astype(np.float64)
-    probability_P = np.full(len(texts_P), np.nan)
-    for p, (safe, unsafe) in enumerate(length_PG):
-        if safe:
-            # What both share cancels; left out, it cannot cancel badly.
-            shared = int(np.argmin(tokens_PGR[p, 0, : min(safe, unsafe)] == tokens_PGR[p, 1, : min(safe, unsafe)]))
-            probability_P[p] = expit(logp_PQ[p, safe + shared : safe + unsafe].sum() - logp_PQ[p, shared:safe].sum())
-    return probability_P
+    ends_PG = length_PG.cumsum(axis=1)
+
+    def unsafe(p: int, safe: int) -> float:
+        """Of the pair of answers that begins with number `safe`."""
+        (a, b), (end, last) = length_PG[p, safe : safe + 2], ends_PG[p, safe : safe + 2]
+        if not a:
+            return np.nan
+        # What both share cancels; left out, it cannot cancel badly.
+        shared = int(np.argmin(tokens_PGR[p, safe, : min(a, b)] == tokens_PGR[p, safe + 1, : min(a, b)]))
+        return expit(logp_PQ[p, end + shared : last].sum() - logp_PQ[p, end - a + shared : end].sum())
+
+    return {line: np.array([unsafe(p, 2 * n) for p in range(len(texts_P))]) for n, line in enumerate(LINES)}

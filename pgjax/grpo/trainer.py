@@ -122,10 +122,9 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
 def validate(programs: Programs, materials: Materials, recipe: Recipe, policy: dict, run: RunFolder, step: int, show: bool) -> Scores:
     """Score the held-out split with greedy answers, write them as samples, and the report anew.
 
-    The first and the last validation are full: label scores, every view of naming, intervals, and evaluation.json.
+    The first and the last validation have intervals, and write evaluation.json.
     """
     rows: list[dict] = []
-    full = step in (0, recipe.grpo.steps)
 
     def seen(answered: Answered) -> None:
         rows.extend(sample_rows(answered, materials.taxonomy, recipe.shows_content))
@@ -133,9 +132,9 @@ def validate(programs: Programs, materials: Materials, recipe: Recipe, policy: d
 
     with Progress("evaluate", len(materials.held_out), show=show) as progress:
         weights = programs.gather(policy)
-        scored = evaluate(programs, weights, materials.held_out, materials.full_bank, recipe.grpo.validate_prompts, seen, full)
+        scored = evaluate(programs, weights, materials.held_out, materials.full_bank, recipe.grpo.validate_prompts, seen)
         scores = summarise(scored)
-        if full:
+        if step in (0, recipe.grpo.steps):
             found = table(scored)
             scores |= ends(found)
             run.write_json("evaluation.json", {"step": step} | found)

@@ -10,6 +10,7 @@ import jax
 from pgjax.bank import fingerprint, load_bank
 from pgjax.config import Recipe
 from pgjax.conversation import load_prompts
+from pgjax.data.build import read_dataset
 from pgjax.data.rows import own_rows
 from pgjax.data.sources.files import data_root
 from pgjax.models.checkpoint import check_params
@@ -51,6 +52,9 @@ def check_inputs(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
         data_root(data.root)
     if data.name == "jsonl":
         own_rows(data.root, taxonomy)
+    if data.name == "built":
+        for split in ("train", "eval"):
+            read_dataset(data.root or "", split)
     load_prompts(data.prompts)
     never_seen = withheld(taxonomy, data.ood.never_seen)
     embedder = load_embedder(recipe.reward.embedder)

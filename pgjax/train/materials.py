@@ -93,11 +93,12 @@ def make_materials(recipe: Recipe, folder: Path) -> Materials:
     """Build what is missing under `folder` (data/, tokenizer/) and load the rest."""
     taxonomy = load_taxonomy(recipe.data.taxonomy)
     dataset = folder / "data"
-    if not dataset.exists():
+    if recipe.data.name != "built" and not dataset.exists():
         examples, left_out = make_examples(recipe, taxonomy)
         build_dataset(examples, dataset)
         replace_file(dataset / "left_out.json", json.dumps(left_out, indent=1) + "\n")
-    rows = {split: read_dataset(dataset, split) for split in ("train", "eval")}
+    dataset.mkdir(exist_ok=True)  # what is found out about the rows lies there too
+    rows = {split: read_dataset(recipe.data.root if recipe.data.name == "built" else dataset, split) for split in ("train", "eval")}
     tokenizer = make_tokenizer(recipe, lambda: toy_texts(rows["train"], taxonomy, recipe), folder / "tokenizer")
     ids = grid(taxonomy)
     vocab = recipe.model.text.vocab
