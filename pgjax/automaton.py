@@ -54,7 +54,7 @@ from pgjax.tokenizer import byte_run_ids, stop_ids, strips_leading_space, token_
 OUTCOMES = ("none", "id", "unlisted", "name", "empty", "none_like")
 NONE, ID, UNLISTED, NAME, EMPTY, NONE_LIKE = range(6)
 NEVER = np.iinfo(np.int16).max  # a distance: no tokens lead there
-_FORMAT = 2  # of the files in the cache
+_FORMAT = 3  # of the files in the cache
 
 
 @struct.dataclass
@@ -71,6 +71,7 @@ class Automaton:
     kind_A: jax.Array  # int32, NONE .. NONE_LIKE; -1 where not parsed
     id_A: jax.Array  # int32 index in `ids`; -1 where the category is not one of them
     distance_AJ: jax.Array  # int16: fewest tokens, stop token included, to the end of an answer with outcome j; NEVER
+    reserve_A: jax.Array  # int16: tokens beyond the fewest to an end that leave every label and id open, as long as all are; else 0
     stop_V: jax.Array  # bool
     ids: tuple[str, ...] = struct.field(pytree_node=False)
 
@@ -208,6 +209,17 @@ def _distances(next_AC: np.ndarray, target_AJ: np.ndarray) -> np.ndarray:
     return distance_AJ
 
 
+def _reserve(distance_AJ: np.ndarray, start_M: np.ndarray) -> np.ndarray:
+    """Where all outcomes are as far from each other as at an answer's start, nothing is decided yet: there the longest one must stay within
+    reach. Else a thought that runs into the limit would end in the shortest answer, which calls all safe."""
+    further_AJ = distance_AJ - distance_AJ.min(axis=1, keepdims=True)
+    reserve_A = np.zeros(len(distance_AJ), np.int16)
+    for start in np.unique(start_M):
+        undecided_A = (further_AJ == further_AJ[start]).all(axis=1) & (distance_AJ < NEVER).all(axis=1)
+        reserve_A[undecided_A] = further_AJ[start].max()
+    return reserve_A
+
+
 def build(
     tokenizer, ids: tuple[str, ...], think_tag: str = "think", vocab: int | None = None, cache_dir: str | Path | None = None
 ) -> Automaton:
@@ -261,6 +273,7 @@ def _tables(
     with_response, image = dfa.starts
     start_M = np.zeros(3, np.int32)
     start_M[[TEXT, TEXT_IMAGE, IMAGE]] = with_response, with_response, image
+    distance_AJ = _distances(next_AC, outcome_A[:, None] == np.arange(ids + 2))
     return {
         "token_class_V": class_V,
         "next_state_AC": next_AC,
@@ -271,7 +284,8 @@ def _tables(
         "response_A": response_A,
         "kind_A": kind_A,
         "id_A": id_A,
-        "distance_AJ": _distances(next_AC, outcome_A[:, None] == np.arange(ids + 2)),
+        "distance_AJ": distance_AJ,
+        "reserve_A": _reserve(distance_AJ, start_M),
         "stop_V": np.isin(np.arange(len(symbols_V)), stops),
     }
 
@@ -339,7 +353,8 @@ def allowed(
 
     `distance_BA` is what `distances` gives; `remaining_PG` counts the token to be chosen and the stop token. The stop token is allowed
     only at the end of such an answer, the other special tokens never. If at the start `remaining` is at least the distance there, no row
-    is ever empty and every walk ends in time with an allowed verdict. Rows may share out B prompts evenly: `prompt_PG` says which of its
+    is ever empty and every walk ends in time with an allowed verdict; if it is so with the reserve added, every label is open to the walk
+    whenever its thought is cut. Rows may share out B prompts evenly: `prompt_PG` says which of its
     row's.
     """
     a, rows = automaton, state_PG.shape[0]
@@ -349,6 +364,8 @@ def allowed(
     after_PGC = of(distance_PBA, prompt_PG[..., None], a.next_state_AC[state_PG])
     end_PG = of(distance_PBA, prompt_PG, state_PG) == 1
     spoken_PGC = (after_PGC < NEVER) & (after_PGC < remaining_PG[..., None]) & a.spoken_C
+    roomy_PGC = spoken_PGC & (after_PGC + a.reserve_A[a.next_state_AC[state_PG]] < remaining_PG[..., None])
+    spoken_PGC = jnp.where(roomy_PGC.any(axis=-1, keepdims=True), roomy_PGC, spoken_PGC)
     return jnp.where(a.stop_V, (end_PG & (remaining_PG > 0))[..., None], spoken_PGC[..., a.token_class_V])
 
 

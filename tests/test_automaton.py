@@ -306,6 +306,32 @@ def test_a_constrained_walk_always_ends_and_parses(tokenizer, automaton, seed, s
         assert says == reference(text, int(modality_P[p]), "think")
 
 
+@pytest.mark.parametrize("labels", [("unsafe", "safe"), ("safe", "unsafe"), ("safe", "safe")])
+def test_a_thought_that_runs_into_the_limit_may_still_call_anything_unsafe(tokenizer, automaton, labels):
+    """Whoever thinks for as long as it is allowed can still give each verdict that is unsafe on one line, with the longest id."""
+    tables, start = jax.tree.map(np.asarray, automaton), int(automaton.start_M[TEXT])
+    distance_PA = np.asarray(au.distances(automaton, np.ones((1, len(IDS) + 2), bool)))
+    longest = IDS[int(np.argmax(tables.distance_AJ[start, : len(IDS)]))] if "unsafe" in labels else "None"
+    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    rest = encode(f"</think>\n<answer>\nRequest:{labels[0]}\nResponse:{labels[1]}\nCategory:{longest}\n</answer>") + [
+        stop_ids(tokenizer)[0]
+    ]
+    limit = len(encode("<think>")) + len(rest) + 8
+    state, used, thought = start, 0, encode("<think>") + encode(" oh") * limit
+
+    def open_to(token: int) -> bool:
+        remaining = np.array([[limit - used]])
+        return bool(mask(automaton, np.array([[state]]), remaining, distance_PA)[0, 0, token])
+
+    while open_to(thought[used]):
+        state, used = au.walk(tables, state, thought[used : used + 1]), used + 1
+    assert used > len(encode("<think>"))
+    for token in rest:
+        assert open_to(token)
+        state, used = au.walk(tables, state, [token]), used + 1
+    assert used <= limit
+
+
 def test_distance_is_the_length_of_the_shortest_answer(tokenizer, automaton):
     """A breadth-first search over tokens from the start of an image answer, for three outcomes."""
     table, end = np.asarray(automaton.next_state_AC), np.asarray(automaton.kind_A)

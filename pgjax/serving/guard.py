@@ -173,7 +173,7 @@ class Guard(Model):
             how.deadline,
             lambda tokens: forks(opening, tokens, self.text, self.encode, ids, has_response),
         )
-        needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min())
+        needed = int(self.automaton.distance_AJ[ask.start][ask.outcome_J].min() + self.automaton.reserve_A[ask.start])
         if ask.bound and needed > ask.limit:
             raise Unfit(
                 "answer too short", f"{example.id}: an answer takes at least {needed} tokens; this guard writes at most {ask.limit}"
