@@ -1,0 +1,156 @@
+"""The study behind docs/results.md: experiments by name, one JSON file for each run, tables and plots from the files alone.
+
+    python benchmarks/study.py data   --root DIR                 the data sets, from the public sets below DIR (default $PGJAX_DATA)
+    python benchmarks/study.py run learning [...] [--form pilot|accelerator] [--seeds 0 1 2] [--only WORD]
+    python benchmarks/study.py report                            docs/results.md and its plots
+
+Needs the extras `bench` and `docs`, and runs/smollm2 (examples/smollm2). A run that has its file is not made again, and one that was
+killed goes on from its checkpoint: a study is resumed by giving the command again. `pilot` takes minutes to hours on two CPU cores;
+`accelerator` is for one card.
+
+Experiments: learning (1: GRPO alone beside its baselines), naming (2), thinking (3), data (4), clock (5), determinism (6).
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from pgjax.commands.start import start_jax
+from pgjax.config import Recipe
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+WORK = Path("runs/study")
+FORMS = {
+    "accelerator": [],
+    "pilot": [
+        *("--model.compute-dtype", "float32", "--data.prompt-tokens", "192", "--answer.max-tokens", "32", "--grpo.steps", "40"),
+        *("--grpo.prompts", "4", "--grpo.mini-prompts", "4", "--grpo.micro-prompts", "4", "--grpo.validate-prompts", "16"),
+        *("--grpo.validate-every", "40"),
+    ],
+}
+NEVER_SEEN = ["--data.ood.never-seen", "C4", "C9"]  # study_data.py's
+SETTINGS = {  # what an experiment's GRPO runs vary: the data set and overrides of configs/study.py
+    "learning": {"grpo": ("texts", [])},
+    "naming": {
+        name: ("naming", [*NEVER_SEEN, "--data.ood.share", share, "--reward.bank", str(WORK / "data" / f"bank_{bank}.npz")])
+        for name, bank, share in (
+            *((bank, bank, "0.6") for bank in ("full", "one_name", "max_only", "mean_only")),
+            ("no_ood_task", "full", "0"),
+        )
+    },
+    "thinking": {"fast": ("texts", []), "think": ("texts", ["--answer.max-tokens", "96"])},
+    "data": {
+        "as_always": ("texts", []),
+        "nothing_hidden": ("texts", ["--data.ood.share", "0"]),
+        "not_shuffled": ("texts", ["--data.ood.no-shuffle"]),
+        "only_openai_moderation": ("only_openai_moderation", []),
+        "only_surge_toxicity": ("only_surge_toxicity", []),
+    },
+}
+
+
+class Run(NamedTuple):
+    experiment: str
+    name: str
+    seed: int
+    make: Callable[[], dict]
+
+    def file(self, form: str) -> Path:
+        return RESULTS / form / self.experiment / f"{self.name}-{self.seed}.json"
+
+
+def recipe(form: str, checkpoint: str, seed: int, data: str, overrides: list[str], name: str) -> Recipe:
+    from pgjax.models.hf_config import with_checkpoint
+    from pgjax.recipes import load_recipe, override, validate
+
+    base = dataclasses.replace(load_recipe(ROOT / "configs" / "study.py"), checkpoint=checkpoint, seed=seed, name=name)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, root=str(WORK / "data" / data)))
+    return validate(override(with_checkpoint(base), FORMS[form] + overrides))
+
+
+def runs(experiment: str, form: str, checkpoint: str, seed: int) -> Iterator[Run]:
+    """An experiment's runs of one seed, in the order in which later ones need earlier ones."""
+    import study_runs as made
+
+    folder = lambda name: WORK / form / experiment / f"{name}-{seed}"  # noqa: E731
+    for name, (data, overrides) in SETTINGS[experiment].items():
+        one = recipe(form, checkpoint, seed, data, overrides, f"{name}-{seed}")
+        yield Run(experiment, name, seed, partial(made.by_grpo, one, folder(name)))
+    if experiment == "learning":
+        base = recipe(form, checkpoint, seed, "texts", [], f"baselines-{seed}")
+        grpo = lambda: json.loads(Run(experiment, "grpo", seed, dict).file(form).read_text())["cost"]  # noqa: E731
+        others = {
+            "sft_rows": lambda: made.by_sft(base, folder("baselines"), rows=grpo()["rows"]),
+            "sft_flops": lambda: made.by_sft(base, folder("baselines"), flops=grpo()["flops"]),
+            "probe": lambda: made.by_probe(base, folder("baselines")),
+            "words": lambda: made.by_words(base, folder("baselines")),
+            "majority": lambda: made.by_majority(base, folder("baselines"), False),
+            "majority_of_source": lambda: made.by_majority(base, folder("baselines"), True),
+        }
+        for name, make in others.items():
+            yield Run(experiment, name, seed, make)
+
+
+def write(run: Run, form: str) -> None:
+    """Make the run's file, unless it is there."""
+    from timing import machine
+
+    file = run.file(form)
+    if file.exists():
+        return
+    print(f"{form}: {run.experiment}: {run.name}, seed {run.seed}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    found = run.make()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    about = {"experiment": run.experiment, "run": run.name, "seed": run.seed, "form": form, "commit": commit}
+    about |= {"date": str(datetime.date.today()), "machine": machine(), "seconds": round(time.monotonic() - began, 1)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(about | found, separators=(",", ":")) + "\n")
+    aside.rename(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    data = actions.add_parser("data")
+    data.add_argument("--root")
+    run = actions.add_parser("run")
+    run.add_argument("experiments", nargs="+", choices=SETTINGS)
+    run.add_argument("--form", choices=FORMS, default="pilot")
+    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    run.add_argument("--only", help="runs of this name alone")
+    run.add_argument("--checkpoint", default="runs/smollm2")
+    actions.add_parser("report")
+    args = parser.parse_args()
+    if args.action == "data":
+        from study_data import build
+
+        build(WORK / "data", args.root)
+    elif args.action == "run":
+        start_jax(0)
+        for experiment in args.experiments:
+            for seed in args.seeds:
+                for one in runs(experiment, args.form, args.checkpoint, seed):
+                    if args.only in (None, one.name):
+                        write(one, args.form)
+    else:
+        from study_report import report
+
+        report(RESULTS, ROOT / "docs")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"study: {error}")

@@ -1,0 +1,67 @@
+"""The study's runs on a tiny checkpoint and mild rows: files that can be compared row by row, made once."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import make_run
+
+from pgjax.data.build import build_dataset
+from pgjax.data.toy import toy_examples
+from pgjax.export import export
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+pytest.importorskip("sklearn")
+import study  # noqa: E402
+
+TINY = [
+    *("--grpo.steps", "2", "--grpo.prompts", "8", "--grpo.mini-prompts", "8", "--grpo.micro-prompts", "8", "--grpo.validate-prompts", "16"),
+    *("--data.prompt-tokens", "320", "--answer.max-tokens", "40", "--rollout.group", "2", "--model.compute-dtype", "float32"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Every run of the first experiment with one seed, by name."""
+    folder = tmp_path_factory.mktemp("study")
+    texts = [replace(e, source=f"source{k % 2}") for k, e in enumerate(toy_examples(0, 96, 48, ())) if e.modality == "text"]
+    build_dataset(texts, folder / "data" / "texts")
+    checkpoint = export(make_run(folder / "run"), folder / "checkpoint", dtype="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "WORK", folder)
+        patch.setattr(study, "RESULTS", folder / "results")
+        patch.setitem(study.FORMS, "pilot", TINY)
+        runs = list(study.runs("learning", "pilot", str(checkpoint), 0))
+        for run in runs:
+            study.write(run, "pilot")
+        files = {run.name: run.file("pilot") for run in runs}
+        yield {name: json.loads(file.read_text()) for name, file in files.items()}, runs, files
+
+
+def test_every_run_judges_the_same_rows(made):
+    found, _, _ = made
+    assert set(found) == {"grpo", "sft_rows", "sft_flops", "probe", "words", "majority", "majority_of_source"}
+    gold = [(one["after"]["id"], one["after"]["group"], one["after"]["unsafe"]) for one in found.values()]
+    assert gold.count(gold[0]) == len(gold) and {0, 1} == set(gold[0][2])
+    for one in found.values():
+        rows = one["after"]
+        assert len({len(column) for column in rows.values()}) == 1
+        assert all(score is None or 0 <= score <= 1 for score in rows["score"]) and set(rows["said"]) <= {0, 1, None}
+
+
+def test_costs_are_equal_where_they_should_be(made):
+    found, _, _ = made
+    grpo, rows, flops = (found[name]["cost"] for name in ("grpo", "sft_rows", "sft_flops"))
+    assert rows["rows"] == grpo["rows"] == 16 and grpo["flops"] > rows["flops"]
+    assert abs(flops["flops"] - grpo["flops"]) <= flops["flops"] / flops["steps"] * 1.2  # at most about a step
+    assert [point["step"] for point in found["grpo"]["curve"]] == [0, 2] and found["grpo"]["curve"][1]["flops"] == grpo["flops"]
+    assert all(None not in found["grpo"]["after"]["said"] for _ in "x")  # constrained: every answer parses
+
+
+def test_a_file_that_is_there_is_not_made_again(made):
+    _, runs, files = made
+    before = files["words"].read_text()
+    study.write(runs[[run.name for run in runs].index("words")]._replace(make=lambda: 1 / 0), "pilot")
+    assert files["words"].read_text() == before
