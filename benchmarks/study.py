@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -100,6 +101,12 @@ def runs(experiment: str, form: str, checkpoint: str, seed: int) -> Iterator[Run
             yield Run(experiment, name, seed, make)
 
 
+def commit() -> str:
+    """Of the code that runs; nothing where it lies in no repository."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+
+
 def write(run: Run, form: str) -> None:
     """Make the run's file, unless it is there."""
     from timing import machine
@@ -110,8 +117,7 @@ def write(run: Run, form: str) -> None:
     print(f"{form}: {run.experiment}: {run.name}, seed {run.seed}", file=sys.stderr, flush=True)
     began = time.monotonic()
     found = run.make()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    about = {"experiment": run.experiment, "run": run.name, "seed": run.seed, "form": form, "commit": commit}
+    about = {"experiment": run.experiment, "run": run.name, "seed": run.seed, "form": form, "commit": commit()}
     about |= {"date": str(datetime.date.today()), "machine": machine(), "seconds": round(time.monotonic() - began, 1)}
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".tmp")
