@@ -33,7 +33,7 @@ WORK = Path("runs/study")
 FORMS = {
     "accelerator": [],
     "pilot": [
-        *("--model.compute-dtype", "float32", "--data.prompt-tokens", "192", "--answer.max-tokens", "32", "--grpo.steps", "40"),
+        *("--model.compute-dtype", "float32", "--data.prompt-tokens", "192", "--grpo.steps", "40"),
         *("--grpo.prompts", "4", "--grpo.mini-prompts", "4", "--grpo.micro-prompts", "4", "--grpo.validate-prompts", "16"),
         *("--grpo.validate-every", "40"),
     ],

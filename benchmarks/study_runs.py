@@ -21,7 +21,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pgjax.config import OptimizerConfig, Recipe
+from pgjax.config import Recipe
 from pgjax.conversation import answer_text
 from pgjax.data.pipeline import Batch, Pipeline
 from pgjax.data.schema import CATEGORY_OOD, Example
@@ -45,7 +45,6 @@ from pgjax.train.update import make_optimizer
 
 CURVES = ("request_f1", "request_auroc", "category_accuracy", "ood_f1", "naming", "naming_second", "naming_top1", "parse_failures")
 MEASURES = ("naming", "naming_second", "naming_mrr", "naming_top1")
-SFT = OptimizerConfig(learning_rate=2e-5, b2=0.98, warmup_steps=5, schedule="cosine")
 
 
 # --- rows --------------------------------------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def lessons(batch: Batch, materials: Materials, limit: int):
 
 
 def by_sft(recipe: Recipe, folder: Path, rows: int = 0, flops: float = 0.0) -> dict:
-    """Supervised by the right answers, on so many rows, or for so many FLOPs; prompts in GRPO's order."""
+    """Supervised by the right answers, on so many rows, or for so many FLOPs; prompts in GRPO's order, and its optimiser."""
     machine = Machine.of(recipe, folder)
     materials, setup, R, P = machine.materials, machine.setup, recipe.answer.max_tokens, recipe.grpo.prompts
     law = Law(jnp.asarray(never_sampled(materials.tokenizer, recipe.model.text.vocab)), materials.automaton, None, R)
@@ -182,7 +181,7 @@ def by_sft(recipe: Recipe, folder: Path, rows: int = 0, flops: float = 0.0) -> d
         recipe.model, matmul_weights(recipe.model), 0, float(batch.prompt.length_P.sum()), float(batch.length_PG.sum())
     )
     steps = rows // P or int(flops / of_batch(lessons(materials.train.batch(0, P), materials, R)))
-    optimizer = make_optimizer(SFT, steps)
+    optimizer = make_optimizer(recipe.grpo.optimizer, steps)
     step = make_step(setup, law, optimizer, "loss")
     reference = setup.reference(machine.params)
     state, losses, spent, began = setup.state(machine.params, optimizer, recipe.seed), [], 0.0, time.monotonic()

@@ -21,15 +21,15 @@ recipe = Recipe(
         patches=64,  # the least: there are no pictures
         ood=OODConfig(share=0.25, keep=(2, 3)),
     ),
-    answer=AnswerConfig(max_tokens=40),  # all of it is the answer but some ten tokens of thought
+    answer=AnswerConfig(max_tokens=32),  # the longest answer and one token more: no room to think
     rollout=RolloutConfig(group=8, constrained=True),
     grpo=GRPOConfig(
-        steps=150,
+        steps=100,
         prompts=32,
         mini_prompts=32,
         micro_prompts=32,
         loss=LossConfig(kl_coef=0.01, kl_in_reward=0.0, entropy_coef=0.0, agg_eps=0.0),
-        optimizer=OptimizerConfig(learning_rate=2e-5, b2=0.98, warmup_steps=5),
+        optimizer=OptimizerConfig(learning_rate=3e-5, b2=0.98, warmup_steps=5),
         validate_every=50,
         validate_prompts=64,
         checkpoint_every=1000,  # at the end alone
