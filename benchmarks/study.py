@@ -24,39 +24,55 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import study_data
+from study_adversary import VARIANTS
+
 from pgjax.commands.start import start_jax
 from pgjax.config import Recipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 WORK = Path("runs/study")
+HELD_OUT = {"pilot": 160, "accelerator": None}  # rows at most
 FORMS = {
     "accelerator": [],
     "pilot": [
-        *("--model.compute-dtype", "float32", "--data.prompt-tokens", "192", "--grpo.steps", "40"),
+        *("--model.compute-dtype", "float32", "--data.prompt-tokens", "192", "--grpo.steps", "30"),
         *("--grpo.prompts", "4", "--grpo.mini-prompts", "4", "--grpo.micro-prompts", "4", "--grpo.validate-prompts", "16"),
-        *("--grpo.validate-every", "40"),
+        *("--grpo.validate-every", "30", "--devices", "2", "--mesh.data", "2", "--mesh.fsdp", "1"),  # two keep two cores busier
     ],
 }
-NEVER_SEEN = ["--data.ood.never-seen", "C4", "C9"]  # study_data.py's
-SETTINGS = {  # what an experiment's GRPO runs vary: the data set and overrides of configs/study.py
-    "learning": {"grpo": ("texts", [])},
-    "naming": {
-        name: ("naming", [*NEVER_SEEN, "--data.ood.share", share, "--reward.bank", str(WORK / "data" / f"bank_{bank}.npz")])
-        for name, bank, share in (
-            *((bank, bank, "0.6") for bank in ("full", "one_name", "max_only", "mean_only")),
-            ("no_ood_task", "full", "0"),
-        )
-    },
-    "thinking": {"fast": ("texts", []), "think": ("texts", ["--answer.max-tokens", "96"])},
-    "data": {
-        "as_always": ("texts", []),
-        "nothing_hidden": ("texts", ["--data.ood.share", "0"]),
-        "not_shuffled": ("texts", ["--data.ood.no-shuffle"]),
-        "only_openai_moderation": ("only_openai_moderation", []),
-        "only_surge_toxicity": ("only_surge_toxicity", []),
-    },
-}
+EXPERIMENTS = ("learning", "naming", "thinking", "data")
+THOUGHT_STEPS = 0.47  # of the steps: with 96 tokens an answer instead of 32 they take as many tokens
+
+
+class Setting(NamedTuple):
+    """A run by GRPO: its data set, overrides of configs/study.py, and the part of the form's steps that it takes."""
+
+    data: str = "texts"
+    overrides: tuple[str, ...] = ()
+    steps: float = 1.0
+
+
+def settings(experiment: str, form: str) -> dict[str, Setting]:
+    """What the runs by GRPO vary. "learning/grpo" is what "thinking" and "data" are compared with, and is not made twice."""
+    if experiment == "learning":
+        return {"grpo": Setting()}
+    if experiment == "thinking":
+        return {"think": Setting(overrides=("--answer.max-tokens", "96"), steps=THOUGHT_STEPS)}
+    if experiment == "data":
+        shown = {
+            "nothing_hidden": Setting(overrides=("--data.ood.share", "0")),
+            "in_order": Setting(overrides=("--data.ood.shuffle", "False")),
+        }
+        return shown | {name: Setting(name) for name in ("only_openai_moderation", "only_surge_toxicity")}
+
+    def naming(bank: str, share: str) -> Setting:
+        file = WORK / "data" / form / f"bank_{bank}.npz"
+        never_seen = ("--data.ood.never-seen", *study_data.NEVER_SEEN)
+        return Setting("naming", (*never_seen, "--data.ood.share", share, "--reward.bank", str(file)))
+
+    return {bank: naming(bank, "0.6") for bank in VARIANTS} | {"no_ood_task": naming("full", "0")}
 
 
 class Run(NamedTuple):
@@ -69,25 +85,27 @@ class Run(NamedTuple):
         return RESULTS / form / self.experiment / f"{self.name}-{self.seed}.json"
 
 
-def recipe(form: str, checkpoint: str, seed: int, data: str, overrides: list[str], name: str) -> Recipe:
+def recipe(form: str, checkpoint: str, seed: int, setting: Setting, name: str) -> Recipe:
     from pgjax.models.hf_config import with_checkpoint
     from pgjax.recipes import load_recipe, override, validate
 
     base = dataclasses.replace(load_recipe(ROOT / "configs" / "study.py"), checkpoint=checkpoint, seed=seed, name=name)
-    base = dataclasses.replace(base, data=dataclasses.replace(base.data, root=str(WORK / "data" / data)))
-    return validate(override(with_checkpoint(base), FORMS[form] + overrides))
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, root=str(WORK / "data" / form / setting.data)))
+    made = override(with_checkpoint(base), [*FORMS[form], *setting.overrides])
+    steps = round(made.grpo.steps * setting.steps)
+    return validate(dataclasses.replace(made, grpo=dataclasses.replace(made.grpo, steps=steps)))
 
 
 def runs(experiment: str, form: str, checkpoint: str, seed: int) -> Iterator[Run]:
     """An experiment's runs of one seed, in the order in which later ones need earlier ones."""
-    import study_runs as made
+    import study_runs as made  # after jax has been started
 
     folder = lambda name: WORK / form / experiment / f"{name}-{seed}"  # noqa: E731
-    for name, (data, overrides) in SETTINGS[experiment].items():
-        one = recipe(form, checkpoint, seed, data, overrides, f"{name}-{seed}")
+    for name, setting in settings(experiment, form).items():
+        one = recipe(form, checkpoint, seed, setting, f"{name}-{seed}")
         yield Run(experiment, name, seed, partial(made.by_grpo, one, folder(name)))
     if experiment == "learning":
-        base = recipe(form, checkpoint, seed, "texts", [], f"baselines-{seed}")
+        base = recipe(form, checkpoint, seed, Setting(), f"baselines-{seed}")
         grpo = lambda: json.loads(Run(experiment, "grpo", seed, dict).file(form).read_text())["cost"]  # noqa: E731
         others = {
             "sft_rows": lambda: made.by_sft(base, folder("baselines"), rows=grpo()["rows"]),
@@ -131,7 +149,7 @@ def main() -> None:
     data = actions.add_parser("data")
     data.add_argument("--root")
     run = actions.add_parser("run")
-    run.add_argument("experiments", nargs="+", choices=SETTINGS)
+    run.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
     run.add_argument("--form", choices=FORMS, default="pilot")
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--only", help="runs of this name alone")
@@ -139,11 +157,10 @@ def main() -> None:
     actions.add_parser("report")
     args = parser.parse_args()
     if args.action == "data":
-        from study_data import build
-
-        build(WORK / "data", args.root)
+        for form in FORMS:
+            study_data.build(WORK / "data" / form, args.root, HELD_OUT[form])
     elif args.action == "run":
-        start_jax(0)
+        start_jax(2 if args.form == "pilot" else 0)
         for experiment in args.experiments:
             for seed in args.seeds:
                 for one in runs(experiment, args.form, args.checkpoint, seed):

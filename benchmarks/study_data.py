@@ -8,7 +8,6 @@
 And the synonym banks that its runs are rewarded by, bank_VARIANT.npz, without the never-seen categories.
 """
 
-import argparse
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -41,11 +40,13 @@ def examples(name: str, root: Path) -> list[Example]:
     return sorted(rows, key=lambda row: (order_of(row.group), row.id))
 
 
-def build(folder: Path, root: str | None = None) -> None:
-    """Every data set and bank below `folder`; data sets that are there stay. `root`: the public sets, by default $PGJAX_DATA."""
+def build(folder: Path, root: str | None, held_out: int | None) -> None:
+    """Every data set and bank below `folder`; data sets that are there stay. `root`: the public sets, by default $PGJAX_DATA; `held_out`:
+    the most rows that are held out."""
     for name in DATASETS:
         if not (folder / name).exists():
             rows = examples(name, data_root(root))
+            rows = [e for e in rows if e.split == "train"] + [e for e in rows if e.split == "eval"][:held_out]
             build_dataset(rows, folder / name)
             counts = Counter((row.split, row.source, row.request_label) for row in rows)
             print(name, *(f"{' '.join(key)} {n}" for key, n in sorted(counts.items())), sep="\n  ")
@@ -53,11 +54,3 @@ def build(folder: Path, root: str | None = None) -> None:
     bank, _ = calibrate(build_bank(taxonomy, load_embedder(None), withheld(taxonomy, NEVER_SEEN)), taxonomy)
     for name in VARIANTS:
         save_bank(folder / f"bank_{name}.npz", bank_variant(bank, name))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Build the study's data sets")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--root", help="folder of the public sets; default $PGJAX_DATA")
-    args = parser.parse_args()
-    build(args.folder, args.root)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.special import logit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -51,14 +52,16 @@ MEASURES = ("naming", "naming_second", "naming_mrr", "naming_top1")
 
 
 def judged_rows(samples: list[dict], groups: dict[str, str]) -> dict[str, list]:
-    """Held-out rows in columns, from a samples file: ids, groups, gold and what was said of each; scores in 5 digits."""
-    short = lambda value: None if value is None else round(value, 5)  # noqa: E731
+    """Held-out rows in columns, from a samples file: ids, groups, gold and what was said of each. `score` is the log-odds of unsafe, since
+    probabilities of a trained policy are too near 0 and 1 to be told apart in few digits."""
+    short = lambda value: None if value is None else round(value, 4)  # noqa: E731
+    odds = lambda p: None if p is None else short(float(logit(np.clip(p, 1e-15, 1 - 1e-15))))  # noqa: E731
     rows = {
         "id": [s["id"] for s in samples],
         "group": [groups[s["id"]] for s in samples],
         "unsafe": [int(s["request_label"] == "unsafe") for s in samples],
         "said": [s["verdict"]["request"] if s["verdict"]["parsed"] else None for s in samples],  # code: 0 safe, 1 unsafe
-        "score": [short(s["score_request"]) for s in samples],
+        "score": [odds(s["score_request"]) for s in samples],
         "category": [("never_seen" if s["never_seen"] else s["category"]) for s in samples],
         "category_right": [int(s["terms"]["category_right"]) for s in samples],
         "ood_detected": [int(s["terms"]["ood_detected"]) for s in samples],
@@ -76,11 +79,17 @@ def group_names(pipeline: Pipeline) -> dict[str, str]:
 
 
 def by_grpo(recipe: Recipe, run: Path) -> dict:
-    """Train (or go on), then what was held out before and after, and the curves."""
+    """Train, or go on; gives `grpo_results`."""
     train(recipe, run)
+    found = grpo_results(recipe, run, group_names(make_materials(recipe, run).held_out))
+    remove_folder(run / "checkpoints"), remove_folder(run / "reference")  # gigabytes
+    return found
+
+
+def grpo_results(recipe: Recipe, run: Path, groups: dict[str, str]) -> dict:
+    """From a run's folder: costs, curves of what was held out and of what was trained on, and the held-out rows before and after."""
     metrics = read_metrics(run)
     steps = [row for row in metrics if row["phase"] == "train"]
-    groups = group_names(make_materials(recipe, run).held_out)
     cost = lambda row: {  # noqa: E731
         "seconds": row["perf/time_per_step"],
         "tokens": (row["perf/tokens_per_s/update"] * row["timing_s/update"]),
@@ -106,7 +115,6 @@ def by_grpo(recipe: Recipe, run: Path) -> dict:
     }
     read = lambda step: judged_rows(list(map(json.loads, (run / "samples" / f"{step}.jsonl").read_text().splitlines())), groups)  # noqa: E731
     seconds = [one["seconds"] for one in costs]
-    remove_folder(run / "checkpoints"), remove_folder(run / "reference")  # gigabytes
     return {
         "cost": {name: total(name, None) for name in costs[0]}
         | {"step_seconds": float(np.median(seconds)), "rows": len(steps) * recipe.grpo.prompts},
@@ -223,7 +231,7 @@ def plain_rows(held: list[Example], score: np.ndarray) -> dict[str, list]:
         "group": [e.group for e in held],
         "unsafe": [int(e.request_label == "unsafe") for e in held],
         "said": [int(value > 0.5) for value in score],
-        "score": [round(float(value), 5) for value in score],
+        "score": [round(float(value), 4) for value in logit(np.clip(score, 1e-15, 1 - 1e-15))],
     }
 
 

@@ -27,7 +27,7 @@ def made(tmp_path_factory):
     """Every run of the first experiment with one seed, by name."""
     folder = tmp_path_factory.mktemp("study")
     texts = [replace(e, source=f"source{k % 2}") for k, e in enumerate(toy_examples(0, 96, 48, ())) if e.modality == "text"]
-    build_dataset(texts, folder / "data" / "texts")
+    build_dataset(texts, folder / "data" / "pilot" / "texts")
     checkpoint = export(make_run(folder / "run"), folder / "checkpoint", dtype="float32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "WORK", folder)
@@ -48,7 +48,7 @@ def test_every_run_judges_the_same_rows(made):
     for one in found.values():
         rows = one["after"]
         assert len({len(column) for column in rows.values()}) == 1
-        assert all(score is None or 0 <= score <= 1 for score in rows["score"]) and set(rows["said"]) <= {0, 1, None}
+        assert all(score is None or abs(score) < 40 for score in rows["score"]) and set(rows["said"]) <= {0, 1, None}
 
 
 def test_costs_are_equal_where_they_should_be(made):
@@ -57,7 +57,7 @@ def test_costs_are_equal_where_they_should_be(made):
     assert rows["rows"] == grpo["rows"] == 16 and grpo["flops"] > rows["flops"]
     assert abs(flops["flops"] - grpo["flops"]) <= flops["flops"] / flops["steps"] * 1.2  # at most about a step
     assert [point["step"] for point in found["grpo"]["curve"]] == [0, 2] and found["grpo"]["curve"][1]["flops"] == grpo["flops"]
-    assert all(None not in found["grpo"]["after"]["said"] for _ in "x")  # constrained: every answer parses
+    assert None not in found["grpo"]["after"]["said"]  # constrained: every answer parses
 
 
 def test_a_file_that_is_there_is_not_made_again(made):
