@@ -52,11 +52,13 @@ MEASURES = ("naming", "naming_second", "naming_mrr", "naming_top1")
 
 
 def judged_rows(samples: list[dict], groups: dict[str, str]) -> dict[str, list]:
-    """Held-out rows in columns, from a samples file: ids, groups, gold and what was said of each. `score` is the log-odds of unsafe, since
-    probabilities of a trained policy are too near 0 and 1 to be told apart in few digits."""
+    """Held-out rows in columns, from a samples file: what they are and what was said of each. `score` is the log-odds of unsafe, since
+    probabilities of a trained policy are too near 0 and 1 to be told apart in few digits. The measures of naming are of `named_rows`
+    alone, the numbers of the rows that lack their category."""
     short = lambda value: None if value is None else round(value, 4)  # noqa: E731
     odds = lambda p: None if p is None else short(float(logit(np.clip(p, 1e-15, 1 - 1e-15))))  # noqa: E731
-    rows = {
+    named = [k for k, s in enumerate(samples) if s["category"] == "ood"]
+    return {
         "id": [s["id"] for s in samples],
         "group": [groups[s["id"]] for s in samples],
         "unsafe": [int(s["request_label"] == "unsafe") for s in samples],
@@ -65,14 +67,13 @@ def judged_rows(samples: list[dict], groups: dict[str, str]) -> dict[str, list]:
         "category": [("never_seen" if s["never_seen"] else s["category"]) for s in samples],
         "category_right": [int(s["terms"]["category_right"]) for s in samples],
         "ood_detected": [int(s["terms"]["ood_detected"]) for s in samples],
-        "length": [s["length"] for s in samples],
-        "reward": [short(s["reward"]) for s in samples],
-    }
-    return rows | {measure: [short(s[measure]) for s in samples] for measure in MEASURES if measure in samples[0]}
+        "named_rows": named,
+    } | {measure: [short(samples[k][measure]) for k in named] for measure in MEASURES if measure in samples[0]}
 
 
 def group_names(pipeline: Pipeline) -> dict[str, str]:
-    return {e.id: e.group for e in (pipeline._examples[k] for k in pipeline.kept)}
+    """Groups by id, as short as they stay different."""
+    return {e.id: e.group.removeprefix("text-")[:8] for e in (pipeline._examples[k] for k in pipeline.kept)}
 
 
 # --- GRPO --------------------------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def grpo_results(recipe: Recipe, run: Path, groups: dict[str, str]) -> dict:
         | {"step_seconds": float(np.median(seconds)), "rows": len(steps) * recipe.grpo.prompts},
         "curve": curve,
         "trained": trained,
-        "before": read(0),
+        "before": {name: column for name, column in read(0).items() if name in ("said", "score", "category_right", *MEASURES)},
         "after": read(recipe.grpo.steps),
     }
 
@@ -228,7 +229,7 @@ def by_classifier(make: Callable, train_X, train: list[Example], held_X, held: l
 def plain_rows(held: list[Example], score: np.ndarray) -> dict[str, list]:
     return {
         "id": [e.id for e in held],
-        "group": [e.group for e in held],
+        "group": [e.group.removeprefix("text-")[:8] for e in held],
         "unsafe": [int(e.request_label == "unsafe") for e in held],
         "said": [int(value > 0.5) for value in score],
         "score": [round(float(value), 4) for value in logit(np.clip(score, 1e-15, 1 - 1e-15))],

