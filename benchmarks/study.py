@@ -24,11 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import study_adversary
 import study_data
-from study_adversary import VARIANTS
 
 from pgjax.commands.start import start_jax
 from pgjax.config import Recipe
+from pgjax.files import remove_folder
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -42,7 +43,7 @@ FORMS = {
         *("--grpo.validate-every", "30", "--devices", "2", "--mesh.data", "2", "--mesh.fsdp", "1"),  # two keep two cores busier
     ],
 }
-EXPERIMENTS = ("learning", "naming", "thinking", "data")
+EXPERIMENTS = ("learning", "naming", "thinking", "data", "clock", "determinism")
 THOUGHT_STEPS = 0.47  # of the steps: with 96 tokens an answer instead of 32 they take as many tokens
 
 
@@ -56,6 +57,8 @@ class Setting(NamedTuple):
 
 def settings(experiment: str, form: str) -> dict[str, Setting]:
     """What the runs by GRPO vary. "learning/grpo" is what "thinking" and "data" are compared with, and is not made twice."""
+    if experiment in ("clock", "determinism"):
+        return {}
     if experiment == "learning":
         return {"grpo": Setting()}
     if experiment == "thinking":
@@ -72,7 +75,7 @@ def settings(experiment: str, form: str) -> dict[str, Setting]:
         never_seen = ("--data.ood.never-seen", *study_data.NEVER_SEEN)
         return Setting("naming", (*never_seen, "--data.ood.share", share, "--reward.bank", str(file)))
 
-    return {bank: naming(bank, "0.6") for bank in VARIANTS} | {"no_ood_task": naming("full", "0")}
+    return {bank: naming(bank, "0.6") for bank in study_adversary.VARIANTS} | {"no_ood_task": naming("full", "0")}
 
 
 class Run(NamedTuple):
@@ -97,26 +100,45 @@ def recipe(form: str, checkpoint: str, seed: int, setting: Setting, name: str) -
 
 
 def runs(experiment: str, form: str, checkpoint: str, seed: int) -> Iterator[Run]:
-    """An experiment's runs of one seed, in the order in which later ones need earlier ones."""
-    import study_runs as made  # after jax has been started
+    """An experiment's runs of one seed, in the order in which later ones need earlier ones; what no seed changes is of seed 0."""
+    import study_clock
+    import study_determinism
+    import study_guard
+    import study_runs as made
 
     folder = lambda name: WORK / form / experiment / f"{name}-{seed}"  # noqa: E731
     for name, setting in settings(experiment, form).items():
         one = recipe(form, checkpoint, seed, setting, f"{name}-{seed}")
-        yield Run(experiment, name, seed, partial(made.by_grpo, one, folder(name)))
+        yield Run(experiment, name, seed, partial(made.by_grpo, one, folder(name), keep=experiment in ("learning", "thinking")))
+    others: dict[str, Callable[[], dict]] = {}
     if experiment == "learning":
-        base = recipe(form, checkpoint, seed, Setting(), f"baselines-{seed}")
+        base, at = recipe(form, checkpoint, seed, Setting(), f"baselines-{seed}"), folder("baselines")
         grpo = lambda: json.loads(Run(experiment, "grpo", seed, dict).file(form).read_text())["cost"]  # noqa: E731
-        others = {
-            "sft_rows": lambda: made.by_sft(base, folder("baselines"), rows=grpo()["rows"]),
-            "sft_flops": lambda: made.by_sft(base, folder("baselines"), flops=grpo()["flops"]),
-            "probe": lambda: made.by_probe(base, folder("baselines")),
-            "words": lambda: made.by_words(base, folder("baselines")),
-            "majority": lambda: made.by_majority(base, folder("baselines"), False),
-            "majority_of_source": lambda: made.by_majority(base, folder("baselines"), True),
-        }
-        for name, make in others.items():
-            yield Run(experiment, name, seed, make)
+        others["sft_rows"] = lambda: made.by_sft(base, at, rows=grpo()["rows"])
+        others["sft_flops"] = lambda: made.by_sft(base, at, flops=grpo()["flops"])
+        if seed == 0:
+            others |= {"probe": partial(made.by_probe, base, at), "words": partial(made.by_words, base, at)}
+            others |= {f"majority{of}": partial(made.by_majority, base, at, bool(of)) for of in ("", "_of_source")}
+    if experiment == "thinking":
+        others["averaged"] = lambda: study_guard.averaged(one, folder("think"))
+    if experiment == "data":
+        trained = recipe(form, checkpoint, seed, Setting(), f"grpo-{seed}"), WORK / form / "learning" / f"grpo-{seed}"
+        others["obedience"] = lambda: study_guard.obeyed(*trained, fresh(folder("base")))
+    if experiment == "naming" and seed == 0:
+        others["adversary"] = lambda: study_adversary.run(form, fresh(folder("adversary")))
+    if experiment == "clock" and form == "pilot":  # TRL without vLLM says nothing about accelerators
+        others["toy"] = lambda: study_clock.run(form, seed, fresh(folder("toy")))
+    if experiment == "determinism" and seed == 0:
+        others["toy"] = lambda: study_determinism.run(form, fresh(folder("toy")))
+    for name, make in others.items():
+        yield Run(experiment, name, seed, make)
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder, for what does not go on where it was."""
+    remove_folder(folder)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def commit() -> str:

@@ -79,11 +79,12 @@ def group_names(pipeline: Pipeline) -> dict[str, str]:
 # --- GRPO --------------------------------------------------------------------------------------------------------------------------
 
 
-def by_grpo(recipe: Recipe, run: Path) -> dict:
-    """Train, or go on; gives `grpo_results`."""
+def by_grpo(recipe: Recipe, run: Path, keep: bool) -> dict:
+    """Train, or go on; gives `grpo_results`. What `keep` is about are checkpoints, gigabytes each."""
     train(recipe, run)
     found = grpo_results(recipe, run, group_names(make_materials(recipe, run).held_out))
-    remove_folder(run / "checkpoints"), remove_folder(run / "reference")  # gigabytes
+    if not keep:
+        remove_folder(run / "checkpoints"), remove_folder(run / "reference")
     return found
 
 

@@ -38,6 +38,7 @@ def check_gaps(found: dict) -> None:
     assert all(gap["mean"] <= gap["max"] and gap["tokens"] >= STEPS * P * G for gap in gaps.values())
 
 
+@pytest.mark.drill
 def test_two_processes_sample_as_one(recipe, tmp_path):
     found = study.measure(recipe, (study.TWO_PROCESSES,), tmp_path / "runs")
     base, two = found["settings"]
