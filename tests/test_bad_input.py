@@ -305,6 +305,8 @@ CASES: list[tuple[str, ...]] = [  # the command, and what its one line says
     (PUBLIC, "--data.root", "PGJAX_DATA"),
     # rows of one's own
     (OWN, "data.name jsonl needs --data.root", "train.jsonl"),
+    (f"{TRAIN} --data.name built", "data.name built needs --data.root", "the splits train and eval"),
+    (f"{TRAIN} --data.name built --data.root sets", "sets holds no dataset", "build one first"),
     (f"{OWN} --data.root nowhere", "--data.root", "nowhere"),
     (f"{OWN} --data.root sets", "sets/train.jsonl", "No such file"),
     (f"{OWN} --data.root label", "label/train.jsonl line 2", "request_label 'nice'", "safe or unsafe"),

@@ -53,8 +53,10 @@ def check_inputs(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
     if data.name == "jsonl":
         own_rows(data.root, taxonomy)
     if data.name == "built":
+        if not data.root:
+            raise ValueError("data.name built needs --data.root, the folder of a dataset with the splits train and eval")
         for split in ("train", "eval"):
-            read_dataset(data.root or "", split)
+            read_dataset(data.root, split)
     load_prompts(data.prompts)
     never_seen = withheld(taxonomy, data.ood.never_seen)
     embedder = load_embedder(recipe.reward.embedder)
