@@ -181,6 +181,7 @@ class OptimizerConfig:
     b2: float = 0.999
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # global norm; 0: off
+    max_skipped: int = 10  # steps in a row whose gradient is no number, and which change nothing; one more ends the run
 
 
 @dataclass(frozen=True)

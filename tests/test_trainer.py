@@ -40,6 +40,17 @@ def run(tmp_path_factory):
         jax.jit = jit
 
 
+def test_a_run_without_usable_gradients_ends(run, tmp_path):
+    """A first update throws the weights out of all bounds; what follows changes nothing, and two such steps are one too many here."""
+    recipe = tiny_recipe()
+    wild = dataclasses.replace(recipe.grpo.optimizer, learning_rate=1e30, max_skipped=1)
+    recipe = dataclasses.replace(recipe, grpo=dataclasses.replace(recipe.grpo, steps=9, validate_every=9, optimizer=wild))
+    with pytest.raises(ValueError, match="the gradient of step 3 is no number, as those of the 1 steps before it"):
+        train(recipe, tmp_path / "wild")
+    skipped = [row["actor/skipped"] for row in read_metrics(tmp_path / "wild") if row["phase"] == "train"]
+    assert skipped[0] < 1 and skipped[1:] == [1, 1]
+
+
 def lasting(row: dict) -> dict:
     """A line of metrics without what times say, or how warm the process was."""
     return {name: value for name, value in row.items() if not name.startswith(("perf/", "timing_s/"))}

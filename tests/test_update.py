@@ -16,7 +16,7 @@ from pgjax.generate.lanes import Slots
 from pgjax.generate.score import pack_values
 from pgjax.grpo.programs import Experience, Judged
 from pgjax.parallel.mesh import place_rows
-from pgjax.train.update import TrainState, make_optimizer, split_rows, update
+from pgjax.train.update import Skips, TrainState, make_optimizer, split_rows, update
 
 RATE = 0.5
 SGD = optax.sgd(RATE)  # a step shows the gradient itself
@@ -183,6 +183,24 @@ def test_sums_and_counts_make_exact_means():
         assert float(state.params["w"]) == 1.0 and float(metrics["mean"]) == 6.0 and float(metrics["actor/grad_norm"]) == 2.0
         state, metrics = update(start, optax.sgd(1.0), loss_sum, (value, 0 * mask), 0 * mask.sum(), parts)
         assert float(state.params["w"]) == 3.0 and float(metrics["mean"]) == 0.0
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_and_is_counted():
+    """Also with momentum, and of one bad micro-batch of several; too many such steps in a row end the run."""
+    optimizer = optax.adam(0.1)
+    start = TrainState(jnp.int32(5), {"w": jnp.float32(3.0)}, optimizer.init({"w": jnp.float32(3.0)}))
+    loss_sum = lambda params, micro: (jnp.sum(params["w"] * micro), {})  # noqa: E731
+    good, bad = jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, jnp.nan, 3.0, 4.0])
+    for parts in (1, 4):
+        state, metrics = update(start, optimizer, loss_sum, bad, jnp.float32(4), parts)
+        assert metrics["actor/skipped"] == 1 and jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), state, start))
+        state, metrics = update(start, optimizer, loss_sum, good, jnp.float32(4), parts)
+        assert metrics["actor/skipped"] == 0 and state.updates == 6 and state.params["w"] != 3
+    skips = Skips(OptimizerConfig(max_skipped=2))
+    for step, skipped in enumerate((1, 1, 0.5, 1, 1), 1):  # half: one of two updates was made
+        skips.see(step, skipped)
+    with pytest.raises(ValueError, match="step 6 is no number, as those of the 2 steps before it"):
+        skips.see(6, 1)
 
 
 # --- the optimiser ------------------------------------------------------------------------------------------------------------

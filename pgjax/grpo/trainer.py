@@ -52,7 +52,7 @@ from pgjax.train.report import write_report
 from pgjax.train.run_folder import RunFolder, check_same_run, ended, read_metrics, remove_run
 from pgjax.train.setup import Setup, make_setup
 from pgjax.train.trainable import frozen_tower, merge
-from pgjax.train.update import TrainState, make_optimizer
+from pgjax.train.update import Skips, TrainState, make_optimizer
 
 
 def load(materials: Materials, recipe: Recipe, mesh, step: int) -> tuple[PromptBatch, Gold]:
@@ -189,7 +189,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         else:
             state, reference = checkpoints.restore(setup.abstract_state(optimizer)), references.restore(setup.abstract_reference())
 
-        compilations, phases, weights = Compilations(), Phases(), matmul_weights(recipe.model)
+        compilations, phases, weights, skips = Compilations(), Phases(), matmul_weights(recipe.model), Skips(config.optimizer)
         pending: list[Callable[[], None]] = []  # numbers of a step are read when the next one has been dispatched
 
         def logged(step: int, metrics: Mapping[str, jax.Array], compiled: int, waited: float, seconds: Callable[[], dict]) -> None:
@@ -199,6 +199,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
             host = {"perf/compilations": compiled, "perf/host_memory_gb": memory, "timing_s/wait_for_batch": waited}
             run.log(step, values | host)
+            skips.see(step, values["actor/skipped"])
             progress.update(step, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
 
         def catch_up() -> None:

@@ -34,7 +34,7 @@ from pgjax.train.progress import Progress
 from pgjax.train.run_folder import RunFolder, check_same_run, ended, read_metrics, remove_run
 from pgjax.train.setup import make_setup
 from pgjax.train.trainable import split
-from pgjax.train.update import make_optimizer
+from pgjax.train.update import Skips, make_optimizer
 
 
 def digest(*splits: Sequence[Lesson]) -> str:
@@ -132,13 +132,16 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
                     more, counted = loss(state.params, frozen, place_rows(batch.taught, mesh), width=batch.width)
                     total, tokens = total + float(more), tokens + float(counted)
                     progress.update(n + 1, loss=total / tokens)
-            mean = finite(total / tokens, f"the held-out loss after step {k}")
+            if not math.isfinite(mean := total / tokens):  # nothing after it would be worth a checkpoint
+                raise ValueError(
+                    f"the held-out loss after step {k} is {mean}; lower sft.optimizer.learning_rate and start over with --fresh"
+                )
             run.log(k, {"loss": mean, "perplexity": math.exp(min(mean, 700)), "tokens": tokens}, "eval")  # 700: where exp ends
             if show:
                 write_report(run_path)
             return mean
 
-        compilations, phases, weights = Compilations(), Phases(), matmul_weights(recipe.model)
+        compilations, phases, weights, skips = Compilations(), Phases(), matmul_weights(recipe.model), Skips(config.optimizer)
         pending: list[Callable[[], None]] = []  # numbers of a step are read when the next one has been dispatched
 
         def logged(k: int, metrics: Mapping[str, jax.Array], counts: Mapping[str, int], host: dict, seconds: Callable[[], dict]) -> None:
@@ -147,8 +150,8 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
             values = {name: float(value) for name, value in metrics.items()} | {"data/padding": 1 - tokens / counts["slots"]}
             values |= rates("update", took["update"], tokens, flops, mesh.size, peak(jax.devices()[0]))
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-            finite(values["sft/loss"], f"the loss of step {k}")
             run.log(k, values | host | {"perf/time_per_step": took["step"], "perf/host_memory_gb": memory}, "sft")
+            skips.see(k, values["actor/skipped"])
             progress.update(k, loss=values["sft/loss"])
 
         def catch_up() -> None:
@@ -191,13 +194,6 @@ def latest(folder: Path) -> int | None:
         return None
     with Checkpoints(folder) as checkpoints:
         return checkpoints.latest()
-
-
-def finite(loss: float, what: str) -> float:
-    """The loss; ValueError for one that is no number: nothing after it would be worth a checkpoint."""
-    if not math.isfinite(loss):
-        raise ValueError(f"{what} is {loss}; lower sft.optimizer.learning_rate and start over with --fresh")
-    return loss
 
 
 def summarise_run(run_path: Path, seconds: float) -> dict[str, float]:

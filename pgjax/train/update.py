@@ -59,7 +59,8 @@ def update(
     micro_batches: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimiser step on `batch`. `loss_sum(params, micro) -> (sum of losses, metric pairs)`; `number` divides the sum
-    (known beforehand from the masks). Metrics are means; `actor/grad_norm` is that of the whole gradient, before clipping."""
+    (known beforehand from the masks). Metrics are means; `actor/grad_norm` is that of the whole gradient, before clipping. Where that is no
+    number the state stays as it is, and `actor/skipped` is 1."""
 
     def micro(index):
         grad = jax.grad(loss_sum, has_aux=True)
@@ -75,5 +76,23 @@ def update(
     gradient = mean(gradient, number)
     step, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     metrics = {name: mean(*pair) for name, pair in pairs.items()}
-    metrics["actor/grad_norm"] = optax.tree.norm(gradient)
-    return TrainState(state.updates + 1, optax.apply_updates(state.params, step), opt_state), metrics
+    norm = metrics["actor/grad_norm"] = optax.tree.norm(gradient)
+    metrics["actor/skipped"] = 1 - jnp.isfinite(norm).astype(jnp.float32)
+    after = TrainState(state.updates + 1, optax.apply_updates(state.params, step), opt_state)
+    return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(norm), new, old), after, state), metrics
+
+
+class Skips:
+    """Counts steps in a row whose every update was skipped."""
+
+    def __init__(self, config: OptimizerConfig):
+        self.most, self.now = config.max_skipped, 0
+
+    def see(self, step: int, skipped: float) -> None:
+        """`skipped` is the share of the step's updates. ValueError when too many steps in a row changed nothing."""
+        self.now = self.now + 1 if skipped == 1 else 0
+        if self.now > self.most:
+            raise ValueError(
+                f"the gradient of step {step} is no number, as those of the {self.most} steps before it; "
+                "lower optimizer.learning_rate or set optimizer.grad_clip, and start over with --fresh"
+            )
