@@ -44,16 +44,16 @@ def averaged(recipe: Recipe, run: Path) -> dict:
             unsafe = np.array([e.request_label == "unsafe" for e, _ in done.shown])
             odds = logit(np.clip(score, 1e-15, 1 - 1e-15))
             told = [one for case in done.cases for one in case.future.result()]
-            found[str(samples)] = {
+            judged_rows = {
                 "id": [e.id for e, _ in done.shown],
                 "group": [e.group.removeprefix("text-")[:8] for e, _ in done.shown],
                 "unsafe": unsafe.astype(int).tolist(),
                 "said": [{"safe": 0, "unsafe": 1}.get(v["request"]) for v in done.verdicts],
                 "score": [None if np.isnan(x) else round(float(x), 4) for x in odds],
-                "ece": float(calibration_error(score[~np.isnan(score)], unsafe[~np.isnan(score)])),
-                "seconds": seconds,
-                "tokens": sum(len(one.tokens) for one in told),
             }
+            error = float(calibration_error(score[~np.isnan(score)], unsafe[~np.isnan(score)]))
+            tokens = sum(len(one.tokens) for one in told)
+            found[str(samples)] = {"after": judged_rows, "ece": error, "seconds": seconds, "tokens": tokens}
     return {"thoughts": found}
 
 

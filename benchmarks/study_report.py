@@ -5,7 +5,8 @@ stand there and nowhere else. NAME is KIND-FORM, FORM accelerator or pilot, and 
 
 * learning: experiment 1, a row for each system, AUROC by source, categories before and after; curve: the plot of GRPO's runs.
 * naming: experiment 2 by bank, on never-seen and on masked rows; adversary: what a constant phrase earns.
-* thinking, data: experiments 3 and 4, each setting beside experiment 1's GRPO.
+* thinking, data: experiments 3 and 4, each setting beside experiment 1's GRPO; thoughts: verdicts averaged over several thoughts;
+  obedience: whether answers follow a changed policy, before training and after.
 * clock: experiment 5 with its plot; determinism: experiment 6.
 
 Scores are of held-out rows (study_scores.py). A cell is the mean over the seeds with the smallest and the largest. A difference is the
@@ -21,7 +22,21 @@ from pathlib import Path
 import numpy as np
 import study_adversary
 import study_clock
-from study_scores import Files, Measure, System, difference, load, of_kind, of_source, once, source_of, system, unsafe_auroc, unsafe_f1
+from study_scores import (
+    Files,
+    Measure,
+    System,
+    difference,
+    load,
+    of_kind,
+    of_source,
+    once,
+    rows,
+    source_of,
+    system,
+    unsafe_auroc,
+    unsafe_f1,
+)
 
 FORMS = ("accelerator", "pilot")
 NOT_RUN = "Not run in this form."
@@ -173,6 +188,31 @@ def settings(files: Files, base: list[dict]) -> str:
     return "\n\n".join([table(lines), by_source(systems), categories(shown)])
 
 
+def thoughts(files: Files, _base: list[dict]) -> str:
+    counts = list(files["averaged"][0]["thoughts"])
+    ones = {count: [one["thoughts"][count] for one in files["averaged"]] for count in counts}
+    systems = {count: {one["seed"]: rows(one["thoughts"][count]) for one in files["averaged"]} for count in counts}
+    lines = []
+    for count, own in systems.items():
+        line = {"thoughts": "the likeliest" if count == "1" else f"{count} drawn", "AUROC": score(own, unsafe_auroc)}
+        line |= {"AUROC less the likeliest's": gap(own, systems["1"], unsafe_auroc), "unsafe F1": score(own, unsafe_f1)}
+        line["calibration error"] = spread(one["ece"] for one in ones[count])
+        lines.append(line | {name: spread((one[name] for one in ones[count]), ".0f") for name in ("tokens", "seconds")})
+    return table(lines)
+
+
+def obedience(files: Files, _base: list[dict]) -> str:
+    lines = []
+    for condition in files["obedience"][0]["after"]:
+        line: dict[str, object] = {"policy": condition}
+        for moment in ("before", "after"):
+            ones = [one[moment][condition] for one in files["obedience"]]
+            line[f"obeyed, {moment}"] = spread(one["obeyed"] for one in ones)
+            line[f"asked, {moment}"] = spread((one["n"] for one in ones), ".0f")
+        lines.append(line)
+    return table(lines)
+
+
 def naming(files: Files, _base: list[dict]) -> str:
     systems = {name: system(files[name]) for name in sorted(files, key=[*study_adversary.VARIANTS, "no_ood_task"].index)}
     full, lines = systems.get("full", {}), []
@@ -228,8 +268,10 @@ KINDS: dict[str, tuple[str, Callable[[str], bool], Callable]] = {  # experiment,
     "curve": ("learning", lambda name: name == "grpo", curve),
     "naming": ("naming", lambda name: name != "adversary", naming),
     "adversary": ("naming", lambda name: name == "adversary", adversary),
-    "thinking": ("thinking", lambda name: True, settings),
-    "data": ("data", lambda name: True, settings),
+    "thinking": ("thinking", lambda name: name != "averaged", settings),
+    "thoughts": ("thinking", lambda name: name == "averaged", thoughts),
+    "data": ("data", lambda name: name != "obedience", settings),
+    "obedience": ("data", lambda name: name == "obedience", obedience),
     "clock": ("clock", lambda name: True, clock),
     "determinism": ("determinism", lambda name: True, determinism),
 }

@@ -64,6 +64,12 @@ def results(tmp_path):
         written(tmp_path, "accelerator", "naming", "full", seed, by_grpo(seed, 2))
         written(tmp_path, "accelerator", "naming", "one_name", seed, by_grpo(seed + 3, 2))
         written(tmp_path, "pilot", "clock", "toy", seed, timed(seed))
+        drawn = {str(n): {"after": plain(seed, n), "ece": 0.1 * n, "seconds": 2.0 * n, "tokens": 100 * n} for n in (1, 8)}
+        written(tmp_path, "accelerator", "thinking", "averaged", seed, {"thoughts": drawn})
+        asked = {"permuted": {"n": 4, "obeyed": 0.5, "ci": [0.2, 0.8], "unsafe": [4, 4]}}
+        written(
+            tmp_path, "accelerator", "data", "obedience", seed, {"before": asked | {"permuted": {"n": 0, "obeyed": None}}, "after": asked}
+        )
     written(tmp_path, "accelerator", "learning", "words", 0, {"after": plain(9, 1)})
     setting = {"setting": "1 device", "step_1_tokens_equal": True, "steps_tokens_equal": 2, "steps": 2, "answers_equal": 1.0}
     setting |= {f"{name}_difference": 0.0 for name in ("reward", "loss", "grad_norm", "logprob")}
@@ -154,7 +160,7 @@ def test_blocks(results):
     found = {form: scores.load(results / form) for form in study_report.FORMS}
     text = {f"{kind}-{form}": study_report.block(kind, form, found[form]) for kind in study_report.KINDS for form in study_report.FORMS}
     run = {"learning-accelerator", "curve-accelerator", "naming-accelerator", "data-accelerator", "clock-pilot", "determinism-pilot"}
-    run |= {"adversary-pilot"}
+    run |= {"adversary-pilot", "thoughts-accelerator", "obedience-accelerator"}
     assert {name for name, block in text.items() if block != study_report.NOT_RUN} == run
     learning = text["learning-accelerator"]
     assert "| **GRPO** | 3 | 40 | 0." in learning and "| zero-shot | 3 |" in learning and "Not run in this form: majority; " in learning
@@ -162,6 +168,8 @@ def test_blocks(results):
     assert "`python benchmarks/study.py run learning --form accelerator --seeds 0 1 2`" in learning
     assert "* grpo, words: commit abc1234, 2026-01-02; cpu a processor" in learning
     assert "| as experiment 1 | 3 |" in text["data-accelerator"] and "| 30.0, 32.2 |" in text["data-accelerator"]
+    assert "| the likeliest | 0." in text["thoughts-accelerator"] and "| 0.800 | 800 | 16 |" in text["thoughts-accelerator"]
+    assert "| permuted | - | 0 | 0.500 | 4 |" in text["obedience-accelerator"]
     assert "| masked | one name | 3 | 10 | 0.500<br>+0.000" in text["naming-accelerator"]
     assert "| 1 | 3 of 3 | 13 | 21.0 | 3 of 3 | 13 | 33.0 | 1.57 |" in text["clock-pilot"]
     assert "| 2 | 0 of 3 | - | - |" in text["clock-pilot"] and "](results/clock_pilot.svg)" in text["clock-pilot"]
