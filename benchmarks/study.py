@@ -113,7 +113,14 @@ def runs(experiment: str, form: str, checkpoint: str, seed: int) -> Iterator[Run
     others: dict[str, Callable[[], dict]] = {}
     if experiment == "learning":
         base, at = recipe(form, checkpoint, seed, Setting(), f"baselines-{seed}"), folder("baselines")
-        grpo = lambda: json.loads(Run(experiment, "grpo", seed, dict).file(form).read_text())["cost"]  # noqa: E731
+
+        def grpo() -> dict:
+            """What it cost."""
+            file = Run(experiment, "grpo", seed, dict).file(form)
+            if not file.exists():
+                raise ValueError(f"{file} is not there: supervised runs spend what GRPO spent; run learning without --only first")
+            return json.loads(file.read_text())["cost"]
+
         others["sft_rows"] = lambda: made.by_sft(base, at, rows=grpo()["rows"])
         others["sft_flops"] = lambda: made.by_sft(base, at, flops=grpo()["flops"])
         if seed == 0:

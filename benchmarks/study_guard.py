@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from scipy.special import logit
-from study_runs import Machine
+from study_runs import Machine, short_group
 
 from pgjax.config import Recipe
 from pgjax.data.pipeline import Pipeline
-from pgjax.evaluation.calibration import calibration_error
+from pgjax.data.schema import ABSENT, LABELS, UNSAFE
+from pgjax.evaluation.calibration import Judged, fit
 from pgjax.evaluation.obedience import obedience
 from pgjax.evaluation.passes import Pass, Shown, judged
 from pgjax.serving.guard import Guard, How
@@ -31,7 +32,8 @@ def judge(guard: Guard, rows: list[Shown], how: How) -> Pass:
 
 
 def averaged(recipe: Recipe, run: Path) -> dict:
-    """By number of thoughts: rows as study_runs.py has them, calibration error, seconds for all rows, and tokens that were written."""
+    """By number of thoughts: rows as study_runs.py has them; calibration error of the scores as they come, and under a map that was fitted
+    on the other half of the groups (`pgjax calibrate`); seconds for all rows, and tokens that were written."""
     rows, found = shown(make_materials(recipe, run).held_out), {}
     with Guard.load(run) as guard:
         for samples in THOUGHTS:
@@ -41,19 +43,26 @@ def averaged(recipe: Recipe, run: Path) -> dict:
             done = judge(guard, rows, how)
             seconds = time.monotonic() - began
             score = np.array([v["scores"]["request"] for v in done.verdicts], float)  # NaN: no answer has the line
-            unsafe = np.array([e.request_label == "unsafe" for e, _ in done.shown])
+            unsafe = np.array([LABELS.index(e.request_label) for e, _ in done.shown])
+            nowhere, absent = np.full(len(score), np.nan), np.full(len(score), ABSENT)  # no row has a response
             odds = logit(np.clip(score, 1e-15, 1 - 1e-15))
             told = [one for case in done.cases for one in case.future.result()]
             judged_rows = {
                 "id": [e.id for e, _ in done.shown],
-                "group": [e.group.removeprefix("text-")[:8] for e, _ in done.shown],
-                "unsafe": unsafe.astype(int).tolist(),
+                "group": [short_group(e) for e, _ in done.shown],
+                "unsafe": (unsafe == UNSAFE).astype(int).tolist(),
                 "said": [{"safe": 0, "unsafe": 1}.get(v["request"]) for v in done.verdicts],
                 "score": [None if np.isnan(x) else round(float(x), 4) for x in odds],
             }
-            error = float(calibration_error(score[~np.isnan(score)], unsafe[~np.isnan(score)]))
-            tokens = sum(len(one.tokens) for one in told)
-            found[str(samples)] = {"after": judged_rows, "ece": error, "seconds": seconds, "tokens": tokens}
+            lines = Judged(*(np.stack([x, y], axis=1) for x, y in ((score, nowhere), (unsafe, absent))), np.array(judged_rows["group"]))
+            fitted = fit(lines)[1]
+            found[str(samples)] = {
+                "after": judged_rows,
+                "ece": fitted["before"]["ece"],
+                "ece_calibrated": fitted["after"]["ece"],
+                "seconds": seconds,
+                "tokens": sum(len(one.tokens) for one in told),
+            }
     return {"thoughts": found}
 
 

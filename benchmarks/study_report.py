@@ -196,7 +196,8 @@ def thoughts(files: Files, _base: list[dict]) -> str:
     for count, own in systems.items():
         line = {"thoughts": "the likeliest" if count == "1" else f"{count} drawn", "AUROC": score(own, unsafe_auroc)}
         line |= {"AUROC less the likeliest's": gap(own, systems["1"], unsafe_auroc), "unsafe F1": score(own, unsafe_f1)}
-        line["calibration error"] = spread(one["ece"] for one in ones[count])
+        line |= {"calibration error": spread(one["ece"] for one in ones[count])}
+        line |= {"calibrated": spread(one["ece_calibrated"] for one in ones[count])}
         lines.append(line | {name: spread((one[name] for one in ones[count]), ".0f") for name in ("tokens", "seconds")})
     return table(lines)
 

@@ -71,9 +71,13 @@ def judged_rows(samples: list[dict], groups: dict[str, str]) -> dict[str, list]:
     } | {measure: [short(samples[k][measure]) for k in named] for measure in MEASURES if measure in samples[0]}
 
 
+def short_group(example: Example) -> str:
+    """The first digits of a text's hash say as much as all of them."""
+    return example.group[5:13] if example.group.startswith("text-") else example.group
+
+
 def group_names(pipeline: Pipeline) -> dict[str, str]:
-    """Groups by id, as short as they stay different."""
-    return {e.id: e.group.removeprefix("text-")[:8] for e in (pipeline._examples[k] for k in pipeline.kept)}
+    return {e.id: short_group(e) for e in (pipeline._examples[k] for k in pipeline.kept)}
 
 
 # --- GRPO --------------------------------------------------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ def by_classifier(make: Callable, train_X, train: list[Example], held_X, held: l
 def plain_rows(held: list[Example], score: np.ndarray) -> dict[str, list]:
     return {
         "id": [e.id for e in held],
-        "group": [e.group.removeprefix("text-")[:8] for e in held],
+        "group": [short_group(e) for e in held],
         "unsafe": [int(e.request_label == "unsafe") for e in held],
         "said": [int(value > 0.5) for value in score],
         "score": [round(float(value), 4) for value in logit(np.clip(score, 1e-15, 1 - 1e-15))],

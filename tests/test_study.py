@@ -78,5 +78,7 @@ def test_guards_of_the_trained_run(made, tmp_path, monkeypatch):
         thoughts = study_guard.averaged(recipe, run)["thoughts"]
         obeyed = study_guard.obeyed(recipe, run, tmp_path / "base")
     assert set(thoughts) == {"1", "2"} and thoughts["1"]["after"]["id"] == thoughts["2"]["after"]["id"] == found["grpo"]["after"]["id"]
-    assert 1.2 < thoughts["2"]["tokens"] / thoughts["1"]["tokens"] < 3 and all(0 <= one["ece"] <= 1 for one in thoughts.values())
+    assert 1.2 < thoughts["2"]["tokens"] / thoughts["1"]["tokens"] < 3 and all(
+        0 <= one[name] <= 1 for one in thoughts.values() for name in ("ece", "ece_calibrated")
+    )
     assert set(obeyed) == {"before", "after"} and obeyed["before"].keys() == {"permuted", "renamed", "hidden", "foreign"}

@@ -64,7 +64,9 @@ def results(tmp_path):
         written(tmp_path, "accelerator", "naming", "full", seed, by_grpo(seed, 2))
         written(tmp_path, "accelerator", "naming", "one_name", seed, by_grpo(seed + 3, 2))
         written(tmp_path, "pilot", "clock", "toy", seed, timed(seed))
-        drawn = {str(n): {"after": plain(seed, n), "ece": 0.1 * n, "seconds": 2.0 * n, "tokens": 100 * n} for n in (1, 8)}
+        drawn = {
+            str(n): {"after": plain(seed, n), "ece": 0.1 * n, "ece_calibrated": 0.05, "seconds": 2.0 * n, "tokens": 100 * n} for n in (1, 8)
+        }
         written(tmp_path, "accelerator", "thinking", "averaged", seed, {"thoughts": drawn})
         asked = {"permuted": {"n": 4, "obeyed": 0.5, "ci": [0.2, 0.8], "unsafe": [4, 4]}}
         written(
@@ -168,7 +170,7 @@ def test_blocks(results):
     assert "`python benchmarks/study.py run learning --form accelerator --seeds 0 1 2`" in learning
     assert "* grpo, words: commit abc1234, 2026-01-02; cpu a processor" in learning
     assert "| as experiment 1 | 3 |" in text["data-accelerator"] and "| 30.0, 32.2 |" in text["data-accelerator"]
-    assert "| the likeliest | 0." in text["thoughts-accelerator"] and "| 0.800 | 800 | 16 |" in text["thoughts-accelerator"]
+    assert "| the likeliest | 0." in text["thoughts-accelerator"] and "| 0.800 | 0.050 | 800 | 16 |" in text["thoughts-accelerator"]
     assert "| permuted | - | 0 | 0.500 | 4 |" in text["obedience-accelerator"]
     assert "| masked | one name | 3 | 10 | 0.500<br>+0.000" in text["naming-accelerator"]
     assert "| 1 | 3 of 3 | 13 | 21.0 | 3 of 3 | 13 | 33.0 | 1.57 |" in text["clock-pilot"]
