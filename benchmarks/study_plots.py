@@ -40,11 +40,11 @@ def draw(found: dict[str, Files], form: str, folder: Path) -> None:
 
 
 def save(figure: plt.Figure, file: Path) -> None:
-    """As SVG, on white, and small: tenths of a point are enough, the font is said once, and groups change nothing that is seen."""
+    """As SVG, on white, and small: tenths of a point are enough (labels have fewer digits than places), the font is said once, and groups change nothing that is seen."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), facecolor="white")
     plt.close(figure)
-    small = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", text.getvalue())
+    small = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", text.getvalue())
     small = re.sub(r"\s+", " ", small.replace(FONT, "")).replace("> <", ">\n<")
     small = re.sub(r"</?g( [^>]*)?>\n", "", small)
     file.write_text(small.replace("*{", f"svg{{{FONT}}} *{{", 1) + "\n")
@@ -62,7 +62,9 @@ def curve(files: Files) -> plt.Figure:
     of = lambda name: np.array([[at[name] for at in one["curve"]] for one in files["grpo"]], float)  # noqa: E731
     flat = {"words": ("TF-IDF + logistic regression, AUROC", "--"), "majority": ("majority, AUROC", ":")}
     for panel, (cost, label, unit) in zip(
-        axes.flat, (("step", "steps", 1), ("tokens", "million tokens trained on", 1e6), ("seconds", "seconds of training", 1)), strict=False
+        axes.flat,
+        (("step", "steps", 1), ("tokens", "thousand tokens trained on", 1e3), ("seconds", "seconds of training", 1)),
+        strict=False,
     ):
         for score, color, name in (("request_auroc", "C0", "GRPO, AUROC"), ("request_f1", "C1", "GRPO, unsafe F1")):
             seeds(panel, of(cost) / unit, of(score), color, name, marker="o", markersize=4)
