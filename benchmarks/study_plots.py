@@ -40,7 +40,8 @@ def draw(found: dict[str, Files], form: str, folder: Path) -> None:
 
 
 def save(figure: plt.Figure, file: Path) -> None:
-    """As SVG, on white, and small: tenths of a point are enough (labels have fewer digits than places), the font is said once, and groups change nothing that is seen."""
+    """As SVG, on white, and small: tenths of a point are enough (numbers in labels have fewer digits), the font is said once, and groups
+    change nothing that is seen."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), facecolor="white")
     plt.close(figure)
