@@ -99,7 +99,7 @@ def greedy(model: QwenVL, params, made: dict) -> np.ndarray:
     # An automaton of one state that nothing leaves and nothing stops.
     endless = Automaton(
         zeros(V), zeros(1, 1).astype(jnp.int16), jnp.ones(1, bool), zeros(3), zeros(1) > 0, zeros(1), zeros(1), zeros(1), zeros(1),
-        zeros(1, 1).astype(jnp.int16), zeros(V) > 0, (),
+        zeros(1, 1).astype(jnp.int16), zeros(1).astype(jnp.int16), zeros(V) > 0, (),
     )  # fmt: skip
     law = Law(jnp.arange(V) >= IMAGE_TOKEN, endless, jnp.ones((P, 1), bool), NEW)
     names = dict(patches_PIB="patches_PIB", patch_yx_PI2="yx_PI2", grid_PI2="grid_PI2", image_PI="image_PI")
