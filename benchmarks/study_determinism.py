@@ -113,6 +113,8 @@ def child(recipe: str, path: str, killed_in: int | None, address: str, index: in
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(address, processes, index)
+        # Programs of several CPU processes that came from the cache were seen to reach their collectives in different orders.
+        jax.config.update("jax_enable_compilation_cache", False)
     from pgjax.grpo import trainer
 
     grpo_step = trainer.grpo_step
