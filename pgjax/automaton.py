@@ -354,8 +354,7 @@ def allowed(
     `distance_BA` is what `distances` gives; `remaining_PG` counts the token to be chosen and the stop token. The stop token is allowed
     only at the end of such an answer, the other special tokens never. If at the start `remaining` is at least the distance there, no row
     is ever empty and every walk ends in time with an allowed verdict; if it is so with the reserve added, every label is open to the walk
-    whenever its thought is cut. Rows may share out B prompts evenly: `prompt_PG` says which of its
-    row's.
+    whenever its thought is cut. Rows may share out B prompts evenly: `prompt_PG` says which of its row's.
     """
     a, rows = automaton, state_PG.shape[0]
     prompt_PG = jnp.zeros_like(state_PG) if prompt_PG is None else prompt_PG
