@@ -37,6 +37,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
 
+    sub = command("plan", "compile a recipe for hardware that is not here: what fits, what moves, a step's floor; --KEY VALUE overrides")
+    sub.add_argument("config", help="a name in configs/ or a path")
+    sub.add_argument("--topology", required=True, help="v5e:8x8, 2*v5p:4x4x4 (two slices), h100:8x8 (8 nodes of 8)")
+    sub.add_argument("--json", action="store_true", help="the plan as JSON")
     sub = command("demo-rewriter", "a toy rewriter from data to gateway, with programs as analyst, target and judge")
     sub.add_argument("--runs", default="runs", help="folder of run folders")
     sub = command("synthesize", "make the rewriter's training data, in three stages with quality control; --KEY VALUE overrides any value")

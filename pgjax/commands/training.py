@@ -31,6 +31,19 @@ def sft(args: argparse.Namespace, rest: list[str]) -> None:
     print(f"run: {run}")
 
 
+def plan(args: argparse.Namespace, rest: list[str]) -> None:
+    from pgjax.plan.chips import describe, parse_topology, prepare
+
+    topology = parse_topology(args.topology)
+    recipe = recipe_of(args, ["--devices", str(topology.count), *rest])
+    start_jax(prepare(topology))
+    from pgjax.plan.plan import plan
+    from pgjax.plan.table import table
+
+    found = plan(recipe, topology, describe(topology))
+    print(json.dumps(found) if args.json else table(found))
+
+
 def demo(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.demo import demo
 

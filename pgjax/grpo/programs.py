@@ -12,13 +12,14 @@ import numpy as np
 import optax
 from flax import struct
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import NamedSharding
 
 from pgjax import automaton as answers
 from pgjax.automaton import Automaton, Verdict
 from pgjax.bank import Bank, similarity
 from pgjax.config import GRPOConfig, Recipe
 from pgjax.data.schema import CATEGORY_OOD, Gold, PromptBatch
-from pgjax.generate.decode import Rollout, decode, encode, prefill
+from pgjax.generate.decode import Prefill, Rollout, decode, encode, prefill
 from pgjax.generate.labels import answer_scorer
 from pgjax.generate.lanes import Slots
 from pgjax.generate.law import Law
@@ -26,8 +27,10 @@ from pgjax.generate.score import Packed, balanced, pack, pack_values, packed_wid
 from pgjax.grpo import losses
 from pgjax.grpo.advantages import advantages, informative, overlong_penalty, select
 from pgjax.models.sentence_encoder import Embedder
+from pgjax.models.text import PromptCache
 from pgjax.models.vision import Visual
-from pgjax.parallel.mesh import local_rows, place_rows, replicated, rows, take_rows
+from pgjax.parallel.mesh import TRAINING, local_rows, place_rows, put_everywhere, replicated, rows, spec, take_rows
+from pgjax.parallel.program import Program
 from pgjax.rewards import reward
 from pgjax.tokenizer import answer_texts, never_sampled
 from pgjax.train.setup import Setup
@@ -120,11 +123,11 @@ class Programs:
         G, R, loss = recipe.rollout.group, recipe.answer.max_tokens, config.loss
         self.mesh, self.tokenizer, self.embedder, self.recipe = mesh, tokenizer, judge.embedder, recipe
         self.free_A = np.isin(automaton.kind_A, (answers.NAME, answers.NONE_LIKE))
-        automaton = jax.device_put(automaton, replicated(mesh))
-        blocked_V = jax.device_put(never_sampled(tokenizer, model.config.text.vocab), replicated(mesh))
-        encoder = jax.device_put(judge.embedder.params, replicated(mesh))
+        automaton = put_everywhere(automaton, mesh)
+        blocked_V = put_everywhere(never_sampled(tokenizer, model.config.text.vocab), mesh)
+        encoder = put_everywhere(judge.embedder.params, mesh)
         on_rows, everywhere = rows(mesh), replicated(mesh)
-        key = jax.random.key(recipe.seed)
+        key, shards = jax.random.key(recipe.seed), mesh.shape["data"] * mesh.shape["fsdp"]
 
         def law(outcome_PJ) -> Law:
             by = recipe.rollout
@@ -134,17 +137,12 @@ class Programs:
         def outcome(gold: Gold):
             return answers.outcome_mask(automaton, gold.node_of_id_PK)
 
+        caches = NamedSharding(mesh, spec(("layers", "batch", "kv_heads"), (1, shards, model.config.text.kv_heads), TRAINING, mesh))
+
         def program(f, out=on_rows, **options):
-            compiled = jax.jit(f, out_shardings=out, **options)
-
-            def call(*args, **kwargs):
-                with jax.set_mesh(mesh):
-                    return compiled(*args, **kwargs)
-
-            return call
+            return Program(jax.jit(f, out_shardings=out, **options), out, mesh)
 
         minis, micros = config.prompts // config.mini_prompts, config.mini_prompts // config.micro_prompts
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
         per_row = config.micro_prompts // shards
         answers_of_row = per_row * G
 
@@ -243,7 +241,7 @@ class Programs:
 
         self.gather = program(setup.cast, setup.rollout)
         self.encode = program(encoded)
-        self.prefill = program(prefilled, None)
+        self.prefill = program(prefilled, Prefill(PromptCache(caches, caches), on_rows))
         self.decode = program(decoded, (on_rows, everywhere), static_argnames=("group", "greedy"))
         self._judge = program(judged)
         self._choose = program(partial(chosen, config=config, shards=shards), Choice(on_rows, on_rows, everywhere))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pgjax.config import MeshConfig
@@ -30,9 +31,10 @@ ROLLOUT = TRAINING | {"embed": None}
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Mesh of all devices (or of those given) with axes (data, fsdp, tensor). One size may be -1 and takes what is left."""
-    sizes = [config.data, config.fsdp, config.tensor]
-    count, free = len(devices or jax.devices()), sizes.count(-1)
+    """Mesh of all devices (or of those given) with axes (data, fsdp, tensor). One size may be -1 and takes what is left. Of several TPU
+    slices, which a slower network joins, only `data` spans them."""
+    devices, sizes = devices or jax.devices(), [config.data, config.fsdp, config.tensor]
+    count, free = len(devices), sizes.count(-1)
     known = int(np.prod([s for s in sizes if s != -1]))
     if free > 1 or min(s for s in (*sizes, 1) if s != -1) < 1 or count % known or (not free and known != count):
         raise ValueError(
@@ -40,7 +42,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
             f"the product must be {count}, and at most one axis may be -1"
         )
     shape = tuple(count // known if s == -1 else s for s in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if shape[0] % slices:
+        raise ValueError(f"mesh data={shape[0]} must be a multiple of the {slices} slices: no other axis spans them")
+    if slices > 1:
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    else:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], rules: dict, mesh) -> PartitionSpec:
@@ -85,6 +95,11 @@ def rows(mesh) -> NamedSharding:
 
 def replicated(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put_everywhere(tree, mesh):
+    """Arrays on every device of a mesh; of devices that are only described (plan/), here."""
+    return jax.device_put(tree, replicated(mesh) if set(mesh.devices.flat) <= set(jax.devices()) else None)
 
 
 def take_rows(x: jax.Array, index_N: jax.Array, shards: int, axis: int = 0) -> jax.Array:

@@ -1,0 +1,115 @@
+"""The plan: what is counted against programs whose work is known, the walk through a step, and `pgjax plan` for TPUs where libtpu is."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny_recipe as tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pgjax.cli import main
+from pgjax.grpo.programs import Judge
+from pgjax.parallel.mesh import make_mesh
+from pgjax.config import MeshConfig
+from pgjax.plan.chips import CHIPS, parse_topology
+from pgjax.plan.count import Move, collectives, flops, moves
+from pgjax.plan.plan import largest
+from pgjax.plan.walk import walk
+from pgjax.train.flops import PEAKS
+
+MESH = (2, 2, 2)
+
+
+def jaxpr(f, *args):
+    return jax.make_jaxpr(f)(*args).jaxpr
+
+
+def test_flops_count_a_body_as_often_as_it_runs():
+    x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
+    one = 2 * 3 * 4 * 4
+    assert flops(jaxpr(jnp.dot, x, w)) == one
+    scanned = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]  # noqa: E731
+    unrolled = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=5, unroll=True)[0]  # noqa: E731
+    assert flops(jaxpr(scanned, x, w)) == 5 * one == jax.jit(unrolled).lower(x, w).compile().cost_analysis()["flops"]
+    assert flops(jaxpr(jax.jit(jax.checkpoint(scanned)), x, w)) == 5 * one
+    either = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w)  # noqa: E731
+    assert flops(jaxpr(either, x, w)) == 2 * one
+    until = lambda x, w: jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: scanned(x, w), x)  # noqa: E731
+    assert flops(jaxpr(until, x, w), (7,)) == 35 * one
+
+
+def test_collectives_count_a_body_as_often_as_it_runs():
+    mesh = make_mesh(MeshConfig(*MESH))
+    split = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+    x, w = (jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=at) for at in (split(None, "tensor"), split("tensor")))
+
+    def summed(x, w):  # the sum over tensor of a product of halves, five times
+        return jax.lax.scan(lambda x, _: (jax.lax.with_sharding_constraint(x @ w, split(None, "tensor")), None), x, length=5)[0]
+
+    hlo = jax.jit(summed).lower(x, w).compile().as_text()
+    found = list(moves(hlo))
+    assert found and all(move.looped and move.times == 5 for move in found if move.kind == "all-reduce")
+    assert sum(collectives(hlo).values()) == sum(move.bytes * move.times for move in found)
+    gathered = jax.jit(lambda w: w + 1, out_shardings=split()).lower(w).compile().as_text()
+    assert list(moves(gathered)) == [Move("all-gather", 8 * 8 * 4, 1, False)]
+
+
+@pytest.fixture(scope="module")
+def calls():
+    recipe = tiny.tiny_recipe()
+    m = tiny.materials()
+    return {
+        (call.name, call.times): call
+        for call in walk(recipe, tiny.setup(MESH), m.automaton, m.tokenizer, Judge(m.embedder, m.bank), len(m.taxonomy.nodes))
+    }
+
+
+def test_the_walk_is_the_step(calls):
+    names = [name for name, _ in calls]
+    assert names == ["gather", "encode", "prefill", "decode", "choose", "arrange", "score", "score", "judge", "experience", "update", "average"]
+    [updates] = [times for name, times in calls if name == "update"]
+    recipe = tiny.tiny_recipe()
+    assert updates == recipe.grpo.prompts // recipe.grpo.mini_prompts
+
+
+def test_what_a_step_holds(calls):
+    """The next batch beside every program; state and reference too, where they are no arguments."""
+    setup, optimizer = tiny.setup(MESH), optax.identity()
+    on_chip = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    weights = on_chip(setup.abstract_reference()) + on_chip(setup.abstract_state(optimizer))
+    beside = {name: call.beside for (name, _), call in calls.items()}
+    assert beside["update"] < beside["decode"] - weights
+
+
+def test_no_parameter_is_gathered_in_the_decode_loop(calls):
+    """The rollout's table: weights are gathered once, by `gather`; inside decoding less moves than the smallest matrix has."""
+    [decode] = [call for (name, _), call in calls.items() if name == "decode"]
+    [gather] = [call for (name, _), call in calls.items() if name == "gather"]
+    matrices = [x.size * x.dtype.itemsize for x in jax.tree.leaves(tiny.setup(MESH).abstract_reference()["model"]) if x.ndim > 2]
+    looped = [move for move in moves(decode.traced.lower().compile().as_text()) if move.kind == "all-gather"]
+    assert all(move.bytes < min(matrices) for move in looped), looped
+    gathered = sum(move.bytes for move in moves(gather.traced.lower().compile().as_text()) if move.kind == "all-gather")
+    assert gathered >= sum(matrices) / MESH[2]
+
+
+def test_largest():
+    tried = []
+    assert largest(64, 16, lambda n: tried.append(n) or n <= 32) == 32 and tried == [64, 32]
+    assert largest(64, 16, lambda n: False) is None
+    assert largest(8, 16, lambda n: True) is None
+
+
+def test_topologies():
+    assert parse_topology("v5e:8x8").count == 64 and parse_topology("2*v5p:2x2x2").count == 16 and not parse_topology("h100:2x8").is_tpu
+    for name in ("v5e", "v9:2x2", "v5e:0x2", "v5e:2x2,", "0*v5e:2x2"):
+        with pytest.raises(ValueError, match="must be like v5e:8x8"):
+            parse_topology(name)
+    assert all(any(chip.kind.startswith(kind) and chip.flops == rate for kind, rate in PEAKS.items()) for chip in CHIPS.values())
