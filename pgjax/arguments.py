@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--runs", default="runs", help="folder of run folders")
         if name != "demo":
             sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
+            sub.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens; default: found by itself")
+            sub.add_argument("--processes", type=int, metavar="N", help="how many there are; on SLURM, Cloud TPU and GKE found by itself")
+            sub.add_argument("--process", type=int, metavar="K", help="which of them this is, from 0")
         if name == "train":
             sub.add_argument("--profile", action="store_true", help="write a trace of one step into the run's folder profile/")
 

@@ -1,4 +1,5 @@
-"""The `pgjax` command. Exit status 0 done, 2 wrong usage or input (one line on stderr), 1 failure."""
+"""The `pgjax` command. Exit status 0 done, 2 wrong usage or input (one line on stderr), 1 failure, 143 stopped by
+SIGTERM with the run saved."""
 
 import sys
 
@@ -6,6 +7,7 @@ from pgjax.arguments import parser
 from pgjax.commands.guard import calibrate, evaluate, moderate, serve
 from pgjax.commands.rewriter import demo_rewriter, evaluate_rewriter, rewrite, synthesize
 from pgjax.commands.training import bank, demo, export, plan, report, reward, score, sft, train
+from pgjax.parallel.start import complain
 
 RUNS = (
     *(train, plan, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, report),
@@ -19,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         args, rest = parser().parse_known_args(argv)
         COMMANDS[args.command](args, rest)
     except ValueError as error:
-        print(f"pgjax: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error)
         return 2
     return 0
 

@@ -246,7 +246,7 @@ class Recipe:
     checkpoint: str | None = None  # Hugging Face directory to start from; None: random weights
     tokenizer_vocab: int = 0  # size of the byte-level BPE trained on generated data; 0: the checkpoint's
     mesh: MeshConfig = MeshConfig()
-    devices: int = 0  # simulated CPU devices; 0: what is there
+    devices: int = 0  # simulated CPU devices, of all processes together; 0: what is there
     data: DataConfig = DataConfig()
     answer: AnswerConfig = AnswerConfig()
     rollout: RolloutConfig = RolloutConfig()

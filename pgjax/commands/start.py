@@ -4,7 +4,11 @@ import argparse
 import dataclasses
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pgjax.parallel.start import find_group, joined
 
 
 def start_jax(devices: int) -> None:
@@ -23,6 +27,21 @@ def start_jax(devices: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextmanager
+def started(devices: int, args: argparse.Namespace) -> Iterator[bool]:
+    """A training command, alone or as one of several processes (see parallel/start.py); yields whether it is the one that prints.
+
+    `devices` are simulated ones of all processes together; 0: each takes those that it has.
+    """
+    group = find_group(args.coordinator, args.processes, args.process, simulated=devices > 0)
+    processes = group.processes if group else 1
+    if devices % processes:
+        raise ValueError(f"{devices} simulated devices do not divide over {processes} processes; change devices and mesh")
+    start_jax(devices // processes)
+    with joined(group) as first:
+        yield first
 
 
 def recipe_of(args: argparse.Namespace, rest: list[str]):

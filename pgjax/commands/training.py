@@ -5,30 +5,33 @@ import dataclasses
 import json
 from pathlib import Path
 
-from pgjax.commands.start import no_more, recipe_of, start_jax
+from pgjax.commands.start import no_more, recipe_of, start_jax, started
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
     recipe = recipe_of(args, rest)
-    start_jax(recipe.devices)
-    from pgjax.grpo.trainer import train
+    with started(recipe.devices, args) as first:
+        from pgjax.grpo.trainer import train
 
-    run = Path(args.runs) / recipe.name
-    summary = train(recipe, run, args.fresh, args.profile)
-    print(json.dumps(summary, indent=2))
-    print(f"run: {run}")
+        run = Path(args.runs) / recipe.name
+        show(train(recipe, run, args.fresh, args.profile), run, first)
 
 
 def sft(args: argparse.Namespace, rest: list[str]) -> None:
     recipe = recipe_of(args, rest)
-    start_jax(recipe.devices)
-    from pgjax.rewriter.lessons import read_lessons
-    from pgjax.sft.trainer import train
+    with started(recipe.devices, args) as first:
+        from pgjax.rewriter.lessons import read_lessons
+        from pgjax.sft.trainer import train
 
-    run = Path(args.runs) / recipe.name
-    summary = train(recipe, run, *read_lessons(recipe.data), args.fresh)
-    print(json.dumps(summary, indent=2))
-    print(f"run: {run}")
+        run = Path(args.runs) / recipe.name
+        show(train(recipe, run, *read_lessons(recipe.data), args.fresh), run, first)
+
+
+def show(summary: dict, run: Path, first: bool) -> None:
+    """At the end of a run, by the first of its processes."""
+    if first:
+        print(json.dumps(summary, indent=2))
+        print(f"run: {run}")
 
 
 def plan(args: argparse.Namespace, rest: list[str]) -> None:

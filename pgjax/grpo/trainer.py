@@ -39,6 +39,7 @@ from pgjax.files import remove_folder
 from pgjax.generate.law import Law
 from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh, place_rows
+from pgjax.parallel.start import first_alone, preemption, stop
 from pgjax.sft.warm_up import train as train_warm_up
 from pgjax.tokenizer import never_sampled
 from pgjax.train.checkpoints import Checkpoints, due
@@ -149,20 +150,22 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
     """Run a recipe in its folder, from the last checkpoint there unless `fresh`; returns the summary that it also writes.
 
     A killed run, started again, gives the numbers of an unbroken one: all that a step depends on is the checkpoint, the reference and
-    its own number. Raises ValueError when the folder holds the run of another recipe. A run that has ended only gives its summary.
+    its own number. After SIGTERM it saves and raises Preempted. Raises ValueError when the folder holds the run of another recipe. A run
+    that has ended only gives its summary. With several processes only the first one returns a summary.
     `profile` writes a trace of its third step into profile/.
     """
     began, show, config = time.monotonic(), jax.process_index() == 0, recipe.grpo
     mesh = make_mesh(recipe.mesh)
     check_inputs(recipe, mesh)  # before an earlier run is dropped and a folder is made
-    if fresh:
-        remove_run(run_path)
-    new = make_room(run_path)
+    with first_alone():
+        if fresh and show:
+            remove_run(run_path)
+        new = make_room(run_path)
     checkpoints, references = Checkpoints(run_path / "checkpoints", config.keep_checkpoints), Checkpoints(run_path / "reference", 1)
     start = checkpoints.latest() if references.latest() is not None else None
     if start is not None:
         check_same_run(run_path, recipe)
-        if start == config.steps and (summary := ended(run_path, start)):
+        if start == config.steps and (summary := ended(run_path, start, show)):
             return summary
 
     with RunFolder(run_path, recipe, show, start) as run:
@@ -207,7 +210,11 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
                 pending.pop()()
 
         first, ahead = start or 0, partial(load, materials, recipe, mesh)
-        with Progress("train", config.steps, start=first, show=show) as progress, ThreadPoolExecutor(1, "load") as loader:
+        with (
+            Progress("train", config.steps, start=first, show=show) as progress,
+            ThreadPoolExecutor(1, "load") as loader,
+            preemption() as preempted,
+        ):
             upcoming = loader.submit(ahead, first)
             for step in range(first, config.steps):
                 clock = time.monotonic()
@@ -215,21 +222,24 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
                 waited = time.monotonic() - clock
                 if step + 1 < config.steps:
                     upcoming = loader.submit(ahead, step + 1)
-                with traced(run_path / "profile", profile and step == min(first + 2, config.steps - 1)) as finish:
+                with traced(run_path / "profile", profile and show and step == min(first + 2, config.steps - 1)) as finish:
                     phases.begin()
                     state, metrics = grpo_step(programs, materials.bank, recipe, state, reference, step, loaded, phases.done)
                     seconds = phases.split()
                     finish(metrics)
                 catch_up()
                 pending.append(partial(logged, step + 1, metrics, compilations.take(), waited, seconds))
+                ending = preempted(step + 1)
                 scores = {}
                 if due(step + 1, config.validate_every, config.steps):
                     catch_up()
                     scores = validate(programs, materials, recipe, merge(state.params, reference), run, step + 1, show)
-                if due(step + 1, config.checkpoint_every, config.steps):
+                if ending or due(step + 1, config.checkpoint_every, config.steps):
                     catch_up()
                     checkpoints.save(step + 1, state, scores.get("request_f1") if config.keep_best else None)
-        summary = summarise_run(run_path, time.monotonic() - began)
+                    if ending and step + 1 < config.steps:
+                        stop(step + 1, show)
+        summary = summarise_run(run_path, time.monotonic() - began) if show else {}
         run.write_json("summary.json", summary)
     checkpoints.close(), references.close()
     return summary

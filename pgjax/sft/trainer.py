@@ -20,6 +20,7 @@ from pgjax.config import Recipe
 from pgjax.files import new_folder, read_json, remove_folder, replace_file
 from pgjax.generate.law import Law
 from pgjax.parallel.mesh import make_mesh, place_rows
+from pgjax.parallel.start import first_alone, preemption, stop
 from pgjax.sft.lessons import Batch, Lesson, Lessons
 from pgjax.sft.report import write_report
 from pgjax.sft.step import make_loss, make_step
@@ -64,8 +65,9 @@ def keep_facts(folder: Path, lessons: Sequence[Lesson], digest: str, splits: Map
 def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: Sequence[Lesson], fresh: bool = False) -> dict[str, float]:
     """Run a recipe in its folder, from the last checkpoint there unless `fresh`; returns the summary that it also writes.
 
-    A killed run, started again, gives the numbers of an unbroken one: a step depends on the checkpoint and on its own number. Raises
-    ValueError when the folder holds the run of another recipe, or of other lessons. A run that has ended only gives its summary.
+    A killed run, started again, gives the numbers of an unbroken one: a step depends on the checkpoint and on its own number. After
+    SIGTERM it saves and raises Preempted. Raises ValueError when the folder holds the run of another recipe, or of other lessons. A run
+    that has ended only gives its summary. With several processes only the first one returns a summary.
     """
     began, show, config = time.monotonic(), jax.process_index() == 0, recipe.sft
     mesh = make_mesh(recipe.mesh)
@@ -76,7 +78,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
         check_same_run(run_path, recipe)
         if read_json(facts)["digest"] != told:
             raise ValueError(f"run {run_path} was started with other lessons; go on with them, take another --name, or give --fresh")
-        if start == config.steps and (summary := ended(run_path, start)):
+        if start == config.steps and (summary := ended(run_path, start, show)):
             return summary
     tokenizer = new_tokenizer(recipe, texts(lessons)) if start is None else load_tokenizer(run_path / "tokenizer")
     how = (tokenizer, recipe, mesh.shape["data"] * mesh.shape["fsdp"])
@@ -88,9 +90,10 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
         )
     abstract_frozen = split(setup.abstract_reference(), recipe.model)[1]
 
-    if fresh and show:  # all that can be wrong has been looked at
-        remove_run(run_path)
-    make_room(run_path)
+    with first_alone():
+        if fresh and show:  # all that can be wrong has been looked at
+            remove_run(run_path)
+        make_room(run_path)
     with (
         Checkpoints(run_path / "checkpoints", config.keep_checkpoints) as checkpoints,
         Checkpoints(run_path / "reference", 1) as references,
@@ -159,7 +162,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
                 pending.pop()()
 
         first = start or 0
-        with jax.set_mesh(mesh), ThreadPoolExecutor(1, "load") as loader:
+        with jax.set_mesh(mesh), ThreadPoolExecutor(1, "load") as loader, preemption() as preempted:
             if start is None:
                 validate(0)
             with Progress("sft", config.steps, start=first, show=show) as progress:
@@ -176,14 +179,16 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
                     catch_up()
                     host = {"perf/compilations": compilations.take(), "timing_s/wait_for_batch": waited}
                     pending.append(partial(logged, k + 1, metrics, batch.counts, host, phases.split()))
-                    score = None
+                    score, ending = None, preempted(k + 1)
                     if due(k + 1, config.validate_every, config.steps):
                         catch_up()
                         score = -validate(k + 1)
-                    if due(k + 1, config.checkpoint_every, config.steps):
+                    if ending or due(k + 1, config.checkpoint_every, config.steps):
                         catch_up()
                         checkpoints.save(k + 1, state, score if config.keep_best else None)
-        summary = summarise_run(run_path, time.monotonic() - began)
+                        if ending and k + 1 < config.steps:
+                            stop(k + 1, show)
+        summary = summarise_run(run_path, time.monotonic() - began) if show else {}
         run.write_json("summary.json", summary)
     return summary
 

@@ -21,6 +21,7 @@ from pgjax.data.sources.mix import public_mix
 from pgjax.data.toy import toy_answers, toy_examples, toy_texts
 from pgjax.files import new_folder, replace_file
 from pgjax.models.sentence_encoder import Embedder, load_embedder
+from pgjax.parallel.start import first_alone
 from pgjax.taxonomy import PolicyView, Taxonomy, full_view, load_taxonomy
 from pgjax.tokenizer import load_tokenizer, train_byte_bpe
 
@@ -90,7 +91,12 @@ def make_examples(recipe: Recipe, taxonomy: Taxonomy) -> tuple[list[Example], di
 
 
 def make_materials(recipe: Recipe, folder: Path) -> Materials:
-    """Build what is missing under `folder` (data/, tokenizer/) and load the rest."""
+    """Build what is missing under `folder` (data/, tokenizer/) and load the rest. Of several processes the first one builds."""
+    with first_alone():
+        return _make_materials(recipe, folder)
+
+
+def _make_materials(recipe: Recipe, folder: Path) -> Materials:
     taxonomy = load_taxonomy(recipe.data.taxonomy)
     dataset = folder / "data"
     if recipe.data.name != "built" and not dataset.exists():

@@ -148,12 +148,13 @@ def check_same_run(path: Path, recipe: Recipe) -> None:
         )
 
 
-def ended(path: Path, steps: int) -> dict[str, Any] | None:
-    """The summary of a run that has ended, which it also says; None where there is none yet."""
+def ended(path: Path, steps: int, show: bool) -> dict[str, Any] | None:
+    """The summary of a run that has ended, which it also says if `show`; None where there is none yet."""
     file = path / "summary.json"
     if not file.exists():
         return None
-    print(f"run {path} has ended after {steps} steps: nothing to do; --fresh starts it over", file=sys.stderr)
+    if show:
+        print(f"run {path} has ended after {steps} steps: nothing to do; --fresh starts it over", file=sys.stderr)
     return read_json(file)
 
 

@@ -1,0 +1,163 @@
+"""Drills of several real processes: equal to one, one of them killed, and SIGTERM. `make drills` runs them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_drills import Run, assert_same, lasting, recipe, write_config
+from tiny_encoder import tiny_encoder
+from toy_lessons import tiny_rewriter, write_lessons
+
+from pgjax.config import MeshConfig
+from pgjax.recipes import validate
+from pgjax.train.checkpoints import Checkpoints
+from pgjax.train.run_folder import read_metrics
+
+pytestmark = pytest.mark.drill
+LAUNCH = Path(__file__).parents[1] / "launch"
+STOPPED = 143  # exit status after SIGTERM
+
+
+def start_all(run: Run) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        flags = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", "2"]
+    return [run.start(*flags, "--process", str(k)) for k in range(2)]
+
+
+def launch(run: Run) -> subprocess.Popen:
+    """Both of them by the script, as one process."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    command = [str(LAUNCH / "local.sh"), "2", run.command, str(run.config), "--runs", str(run.root)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+    """What it said on stdout and stderr."""
+    said = process.communicate(timeout=600)
+    assert process.returncode == status, said
+    return said
+
+
+def wait(process: subprocess.Popen, run: Run, steps: int, phase: str = "train") -> None:
+    """Until so many steps have been logged, the last of them since now."""
+    file, began = run.path / "metrics.jsonl", time.time()
+    while not (file.exists() and file.stat().st_mtime > began and sum(r["phase"] == phase for r in read_metrics(run.path)) >= steps):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def assert_saved(run: Run, said: str) -> int:
+    """One line says which step was saved before the end."""
+    saved = Checkpoints(run.path / "checkpoints").latest()
+    assert saved and said.count(f"saved after step {saved};") == 1, said
+    return saved
+
+
+def assert_gone(process: subprocess.Popen, dead: int) -> None:
+    """Within a minute, in one line besides the progress."""
+    killed = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 60 and process.returncode == 1
+    lines = [line for line in said.splitlines() if not line.startswith(("evaluate", "train"))]
+    assert len(lines) == 1 and f"process {dead} of 2 is gone" in lines[0] and "last checkpoint" in lines[0], said
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    drill = recipe(tiny_encoder(folder))
+    return write_config(folder, replace(drill, warm_up=replace(drill.warm_up, steps=0)))
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, tmp_path_factory) -> Path:
+    """Two processes that nobody touched. One of them speaks."""
+    run = Run(tmp_path_factory.mktemp("unbroken"), config)
+    out, said = finish(launch(run))
+    summary, _, last = out.rstrip().rpartition("\n")
+    assert json.loads(summary)["reward_last"] and last == f"run: {run.path}" and said.count("train 6/6  done") == 1
+    return run.path
+
+
+def test_two_processes_are_as_one(unbroken, config, tmp_path):
+    """On the same mesh: the same samples and so the same rewards; what collectives add up differs in its order."""
+    run = Run(tmp_path, config)
+    run.finish()
+    one, two = (lasting(read_metrics(path)) for path in (run.path, unbroken))
+    assert [(row["phase"], row["step"]) for row in one] == [(row["phase"], row["step"]) for row in two]
+    for here, there in zip(one, two, strict=True):
+        assert here.keys() == there.keys()
+        for name in here.keys() - {"phase"}:
+            np.testing.assert_allclose(there[name] or 0, here[name] or 0, rtol=1e-4, atol=1e-6, err_msg=f"{name} of step {here['step']}")
+
+
+def test_stopped_and_killed(unbroken, config, tmp_path):
+    """SIGTERM, then one process is killed, then the other: the rest of the run is as if nothing had been."""
+    run = Run(tmp_path, config)
+    together = launch(run)
+    wait(together, run, 1)
+    together.terminate()
+    saved = assert_saved(run, finish(together, STOPPED)[1])
+    for dead in (0, 1):
+        started = start_all(run)
+        wait(started[0], run, saved + 1)
+        started[dead].kill()
+        assert_gone(started[1 - dead], dead)
+        started[dead].communicate()
+    finish(launch(run))
+    assert_same(run.path, unbroken)
+
+
+def test_sigterm_to_one_of_two_supervised(tmp_path):
+    """Both save the same step, and go on to the numbers of two that were not stopped."""
+    tiny = tiny_rewriter(write_lessons(tmp_path / "data"))
+    sft = replace(tiny.sft, keep_checkpoints=2)
+    config = write_config(tmp_path, validate(replace(tiny, name="drill", devices=2, mesh=MeshConfig(1, 2, 1), sft=sft)))
+    whole, run = Run(tmp_path / "whole", config, "sft"), Run(tmp_path / "runs", config, "sft")
+    finish(launch(whole))
+    started = start_all(run)
+    wait(started[0], run, 1, "sft")
+    started[1].terminate()
+    (_, said), silent = [finish(process, STOPPED) for process in started]
+    assert_saved(run, said)
+    assert silent == ("", "")
+    finish(launch(run))
+    assert_same(run.path, whole.path)
+
+
+def test_sigterm_to_a_process_alone(config, tmp_path):
+    whole, run = Run(tmp_path / "whole", config), Run(tmp_path / "runs", config)
+    whole.finish()
+    process = run.start()
+    wait(process, run, 1)
+    process.terminate()
+    assert_saved(run, finish(process, STOPPED)[1])
+    run.finish()
+    assert_same(run.path, whole.path)
+
+
+def test_a_coordinator_that_is_not_there(tmp_path):
+    code = "import sys; from pgjax import cli; from pgjax.parallel import start; start.JOIN_SECONDS = 5; sys.exit(cli.main(sys.argv[1:]))"
+    flags = ["--runs", str(tmp_path), "--coordinator", "localhost:1", "--processes", "2", "--process", "1"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code, "train", "toy", *flags], capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 1 and "localhost:1 within 5 s; this is number 1" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_one_that_fails_says_why_and_ends_all(config, tmp_path):
+    """The first one cannot write: the other hears that it is gone."""
+    (tmp_path / "drill").write_text("in the way of the run folder")
+    started = start_all(Run(tmp_path, config))
+    (_, first), (_, second) = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [2, 1]
+    assert first.startswith("pgjax: run ") and first.count("\n") == 1, first
+    assert "process 0 of 2 is gone" in second and second.count("\n") == 1, second
