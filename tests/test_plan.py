@@ -1,24 +1,18 @@
 """The plan: what is counted against programs whose work is known, the walk through a step, and `pgjax plan` for TPUs where libtpu is."""
 
-import importlib.util
-import json
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 import tiny_recipe as tiny
+from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pgjax.cli import main
+from pgjax.config import MeshConfig
 from pgjax.grpo.programs import Judge
 from pgjax.parallel.mesh import make_mesh
-from pgjax.config import MeshConfig
 from pgjax.plan.chips import CHIPS, parse_topology
 from pgjax.plan.count import Move, collectives, flops, moves
 from pgjax.plan.plan import largest
@@ -64,40 +58,36 @@ def test_collectives_count_a_body_as_often_as_it_runs():
 
 @pytest.fixture(scope="module")
 def calls():
-    recipe = tiny.tiny_recipe()
-    m = tiny.materials()
-    return {
-        (call.name, call.times): call
-        for call in walk(recipe, tiny.setup(MESH), m.automaton, m.tokenizer, Judge(m.embedder, m.bank), len(m.taxonomy.nodes))
-    }
+    m, recipe = tiny.materials(), tiny.tiny_recipe()
+    found = walk(recipe, tiny.setup(MESH), m.automaton, m.tokenizer, Judge(m.embedder, m.bank), len(m.taxonomy.nodes))
+    return {call.name: call for call in found}
 
 
 def test_the_walk_is_the_step(calls):
-    names = [name for name, _ in calls]
-    assert names == ["gather", "encode", "prefill", "decode", "choose", "arrange", "score", "score", "judge", "experience", "update", "average"]
-    [updates] = [times for name, times in calls if name == "update"]
-    recipe = tiny.tiny_recipe()
-    assert updates == recipe.grpo.prompts // recipe.grpo.mini_prompts
+    names = ["gather", "encode", "prefill", "decode", "choose", "arrange", "score", "judge", "experience", "update", "average"]
+    assert list(calls) == names
+    config = tiny.tiny_recipe().grpo
+    assert calls["update"].times == config.prompts // config.mini_prompts and calls["score"].times == 1 + config.scores_policy
 
 
 def test_what_a_step_holds(calls):
-    """The next batch beside every program; state and reference too, where they are no arguments."""
-    setup, optimizer = tiny.setup(MESH), optax.identity()
+    """Beside `gather` there is the batch, beside `encode` there are the parameters instead, and beside `decode` the visual tokens."""
+    setup, recipe = tiny.setup(MESH), tiny.tiny_recipe()
     on_chip = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-    weights = on_chip(setup.abstract_reference()) + on_chip(setup.abstract_state(optimizer))
-    beside = {name: call.beside for (name, _), call in calls.items()}
-    assert beside["update"] < beside["decode"] - weights
+    prompts, gold = (sum(x.nbytes for x in jax.tree.leaves(tree)) / 4 for tree in tiny.batch(recipe.grpo.prompts))
+    assert calls["gather"].beside - calls["encode"].beside == prompts - on_chip(setup.abstract_state(optax.identity()).params)
+    assert calls["decode"].beside - calls["prefill"].beside == on_chip(calls["encode"].traced.out_info) - gold
 
 
 def test_no_parameter_is_gathered_in_the_decode_loop(calls):
-    """The rollout's table: weights are gathered once, by `gather`; inside decoding less moves than the smallest matrix has."""
-    [decode] = [call for (name, _), call in calls.items() if name == "decode"]
-    [gather] = [call for (name, _), call in calls.items() if name == "gather"]
-    matrices = [x.size * x.dtype.itemsize for x in jax.tree.leaves(tiny.setup(MESH).abstract_reference()["model"]) if x.ndim > 2]
-    looped = [move for move in moves(decode.traced.lower().compile().as_text()) if move.kind == "all-gather"]
-    assert all(move.bytes < min(matrices) for move in looped), looped
-    gathered = sum(move.bytes for move in moves(gather.traced.lower().compile().as_text()) if move.kind == "all-gather")
-    assert gathered >= sum(matrices) / MESH[2]
+    """The rollout's table: weights are gathered once, by `gather`; inside decoding nothing moves that is as large as a matrix's shard."""
+    compiled = {name: list(moves(calls[name].traced.lower().compile().as_text())) for name in ("gather", "decode")}
+    leaves = flatten_dict(tiny.setup(MESH).abstract_reference()["model"]).items()
+    matrices = [x.sharding.shard_shape(x.shape) for path, x in leaves if path[-1] == "kernel"]
+    smallest = min(4 * math.prod(shape[1:]) for shape in matrices)  # one layer's
+    assert sum(move.bytes for move in compiled["gather"] if move.kind == "all-gather") > smallest
+    looped = [move for move in compiled["decode"] if move.looped and move.kind == "all-gather"]
+    assert all(move.bytes < smallest for move in looped), looped
 
 
 def test_largest():

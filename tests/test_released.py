@@ -53,7 +53,7 @@ def test_names_and_shapes_are_those_of_transformers(name):
     assert tensor_shapes(abstract(name)) == shapes
 
 
-RECIPES = {"proguard_3b": "Qwen2.5-VL-3B", "proguard_7b": "Qwen2.5-VL-7B", "proguard_qwen3vl_8b": "Qwen3-VL-8B"}
+RECIPES = {f"proguard_{size}b": f"Qwen2.5-VL-{size}B" for size in (3, 7, 32, 72)} | {"proguard_qwen3vl_8b": "Qwen3-VL-8B"}
 
 
 @pytest.mark.parametrize("name, model", RECIPES.items())

@@ -195,13 +195,12 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         compilations, phases, weights, skips = Compilations(), Phases(), matmul_weights(recipe.model), Skips(config.optimizer)
         pending: list[Callable[[], None]] = []  # numbers of a step are read when the next one has been dispatched
 
-        def logged(step: int, metrics: Mapping[str, jax.Array], compiled: int, waited: float, seconds: Callable[[], dict]) -> None:
+        def logged(step: int, metrics: Mapping[str, jax.Array], compiled: dict, waited: float, seconds: Callable[[], dict]) -> None:
             values = {name: float(value) for name, value in metrics.items()}
             counts = {name.removeprefix("count/"): values.pop(name) for name in metrics if name.startswith("count/")}
             values |= phase_metrics(recipe, weights, seconds(), counts, mesh.size, peak(jax.devices()[0]))
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-            host = {"perf/compilations": compiled, "perf/host_memory_gb": memory, "timing_s/wait_for_batch": waited}
-            run.log(step, values | host)
+            run.log(step, values | compiled | {"perf/host_memory_gb": memory, "timing_s/wait_for_batch": waited})
             skips.see(step, values["actor/skipped"])
             progress.update(step, reward=values["critic/rewards/mean"], parsed=values["reward/format"])
 
@@ -228,7 +227,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
                     seconds = phases.split()
                     finish(metrics)
                 catch_up()
-                pending.append(partial(logged, step + 1, metrics, compilations.take(), waited, seconds))
+                pending.append(partial(logged, step + 1, metrics, compilations.metrics(), waited, seconds))
                 ending = preempted(step + 1)
                 scores = {}
                 if due(step + 1, config.validate_every, config.steps):

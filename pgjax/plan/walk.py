@@ -71,7 +71,8 @@ class Walked(Programs):
         return self.shape(jax.ShapeDtypeStruct(shape, dtype), rows(self.mesh))
 
     def _noted(self, name: str, program: Program) -> Callable:
-        plain = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=getattr(x, "sharding", None))  # noqa: E731
+        def plain(x) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=x.sharding if isinstance(x, Shape) else None)
 
         def call(*args, **kwargs):
             given = jax.tree.map(plain, args)

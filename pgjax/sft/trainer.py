@@ -177,7 +177,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
                     state, metrics = step(state, frozen, batch.taught, width=batch.width)
                     phases.done("update", metrics)
                     catch_up()
-                    host = {"perf/compilations": compilations.take(), "timing_s/wait_for_batch": waited}
+                    host = compilations.metrics() | {"timing_s/wait_for_batch": waited}
                     pending.append(partial(logged, k + 1, metrics, batch.counts, host, phases.split()))
                     score, ending = None, preempted(k + 1)
                     if due(k + 1, config.validate_every, config.steps):
