@@ -33,7 +33,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("config", nargs="?" if name == "demo" else None, default="toy", help="a name in configs/ or a path")
         sub.add_argument("--runs", default="runs", help="folder of run folders")
         if name != "demo":
-            sub.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
+            again = sub.add_mutually_exclusive_group()
+            again.add_argument("--fresh", action="store_true", help="drop an earlier run of this name")
+            again.add_argument(
+                "--from", type=int, metavar="STEP", dest="go_back", help="go on from this checkpoint and drop the later ones"
+            )
             sub.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 of several listens; default: found by itself")
             sub.add_argument("--processes", type=int, metavar="N", help="how many there are; on SLURM, Cloud TPU and GKE found by itself")
             sub.add_argument("--process", type=int, metavar="K", help="which of them this is, from 0")

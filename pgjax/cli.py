@@ -1,6 +1,7 @@
 """The `pgjax` command. Exit status 0 done, 2 wrong usage or input (one line on stderr), 1 failure, 143 stopped by
 SIGTERM with the run saved."""
 
+import errno
 import sys
 
 from pgjax.arguments import parser
@@ -23,6 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         complain(error)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        complain(f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room, and a run goes on from its last checkpoint")
+        return 1
     return 0
 
 

@@ -32,8 +32,12 @@ def check_out(path: Path) -> None:
 def replace_file(path: Path, text: str) -> None:
     """A reader sees the old file or the new one, never half of it, however many write it at a time."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:  # the disk is full, say
+        aside.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from pgjax.commands.start import no_more, recipe_of, start_jax, started
+from pgjax.config import Recipe
+from pgjax.parallel.start import first_alone
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -13,7 +15,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     with started(recipe.devices, args) as first:
         from pgjax.grpo.trainer import train
 
-        run = Path(args.runs) / recipe.name
+        run = run_folder(recipe, args, first)
         show(train(recipe, run, args.fresh, args.profile), run, first)
 
 
@@ -23,8 +25,21 @@ def sft(args: argparse.Namespace, rest: list[str]) -> None:
         from pgjax.rewriter.lessons import read_lessons
         from pgjax.sft.trainer import train
 
-        run = Path(args.runs) / recipe.name
+        run = run_folder(recipe, args, first)
         show(train(recipe, run, *read_lessons(recipe.data), args.fresh), run, first)
+
+
+def run_folder(recipe: Recipe, args: argparse.Namespace, first: bool) -> Path:
+    """Where the run lies, its later checkpoints dropped by the first process where that was asked for."""
+    from pgjax.train.checkpoints import go_back
+    from pgjax.train.run_folder import check_same_run
+
+    run = Path(args.runs) / recipe.name
+    with first_alone():
+        if first and args.go_back is not None:
+            check_same_run(run, recipe)
+            go_back(run / "checkpoints", args.go_back)
+    return run
 
 
 def show(summary: dict, run: Path, first: bool) -> None:

@@ -83,14 +83,14 @@ class _FileBytes(tfds.decode.SkipDecoding):
 class ExampleSource(Sequence[Example]):
     """Random access to the examples of one split on disk."""
 
-    def __init__(self, source: Sequence[dict]):
-        self._source = source
+    def __init__(self, source: Sequence[dict], folder: str | Path):
+        self._source, self._folder = source, folder
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices
-        row = self._source[range(len(self))[index]]
+        row = self._row(range(len(self))[index])
         values: dict = {name: row[name].decode() for name in PLAIN}
         values |= {name: row[name][0].decode() if len(row[name]) else None for name in OPTIONAL}
         values["accepted"] = tuple(node.decode() for node in row["accepted"])
@@ -98,6 +98,15 @@ class ExampleSource(Sequence[Example]):
         turns = zip(row["turns"]["role"], row["turns"]["text"], strict=True)
         values["turns"] = tuple((role.decode(), text.decode()) for role, text in turns)
         return Example(**values)
+
+    def _row(self, index: int) -> dict:
+        try:
+            return self._source[index]
+        except Exception as error:  # ArrayRecord has no type of its own for a file that is gone or cut
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(
+                f"dataset {self._folder}: row {index} cannot be read ({reason}); put its files back, and a run goes on"
+            ) from error
 
 
 def read_dataset(folder: str | Path, split: str) -> ExampleSource:
@@ -107,4 +116,4 @@ def read_dataset(folder: str | Path, split: str) -> ExampleSource:
     builder = tfds.builder_from_directory(folder)
     if split not in builder.info.splits:
         raise ValueError(f"dataset {folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-    return ExampleSource(builder.as_data_source(split, decoders={"images": _FileBytes()}))
+    return ExampleSource(builder.as_data_source(split, decoders={"images": _FileBytes()}), folder)

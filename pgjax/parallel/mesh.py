@@ -42,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
             f"the product must be {count}, and at most one axis may be -1"
         )
     shape = tuple(count // known if s == -1 else s for s in sizes)
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if shape[0] % slices:
         raise ValueError(f"mesh data={shape[0]} must be a multiple of the {slices} slices: no other axis spans them")
     if slices > 1:

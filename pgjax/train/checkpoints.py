@@ -1,14 +1,38 @@
 """Training checkpoints: a pytree of sharded arrays per step, through orbax. The mesh may change between save and restore."""
 
+import errno
+import json
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+
+from pgjax.files import remove_folder, replace_file
+
+SIZES = "sizes.json"  # in a checkpoint: the bytes of its files
 
 
 def due(step: int, every: int, last: int) -> bool:
     """Every so many steps (0: never), and at the end."""
     return step == last or (every > 0 and step % every == 0)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file() and file.name != SIZES
+    }
+
+
+def go_back(folder: Path, step: int) -> None:
+    """Deletes the checkpoints after a step: a run goes on from its newest one. ValueError when there is none of that step."""
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    if step not in steps:
+        raise ValueError(f"--from {step}: {folder} has no checkpoint of that step; there are: {steps or 'none'}")
+    for later in steps[steps.index(step) + 1 :]:
+        remove_folder(folder / str(later))
 
 
 class Checkpoints:
@@ -36,11 +60,21 @@ class Checkpoints:
     def save(self, step: int, state: Any, score: float | None = None) -> None:
         """Writes `state`, any pytree of jax arrays, and returns when it is safe. A step that is there already is not written again.
 
-        `score`, the higher the better, makes it a candidate for the best.
+        `score`, the higher the better, makes it a candidate for the best. OSError when the disk is full: nothing is there then.
         """
-        if step not in self.steps():
+        if step in self.steps():
+            return
+        for name in ("absl", "asyncio"):  # they log tracebacks of their own of what is raised here
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"score": score}, force=True)
-            self._thin_out()
+        except ValueError as error:
+            if os.strerror(errno.ENOSPC) in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / str(step))) from error
+            raise
+        if jax.process_index() == 0:
+            replace_file(self.folder / str(step) / SIZES, json.dumps(_sizes(self.folder / str(step))))
+        self._thin_out()
 
     def restore(self, abstract: Any, step: int | None = None) -> Any:
         """The state of `step` (default the latest), placed as `abstract` says: jax.ShapeDtypeStruct with shardings, or arrays.
@@ -58,11 +92,25 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step is None or step not in self.steps():
             raise ValueError(f"checkpoint {'' if step is None else step} not found in {self.folder}; there are: {self.steps() or 'none'}")
+        self._check(step)
         try:
             return self._manager.restore(step, args=args)
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this recipe: {reason}") from error
+
+    def _check(self, step: int) -> None:
+        """ValueError for a checkpoint whose files are not what was written; one without a list of them is left to orbax."""
+        folder = self.folder / str(step)
+        if not (folder / SIZES).exists():
+            return
+        now = _sizes(folder)
+        for name, size in json.loads((folder / SIZES).read_text()).items():
+            if now.get(name) != size:
+                what = f"has {now[name]} bytes instead of {size}" if name in now else "is gone"
+                earlier = [other for other in self.steps() if other < step]
+                way = f"`--from {earlier[-1]}` goes on from the one before" if earlier else "with none before it, `--fresh` starts over"
+                raise ValueError(f"checkpoint {folder} is damaged: its file {name} {what}; {way}")
 
     def clear(self) -> None:
         """Deletes all of them, for a run that starts afresh."""
