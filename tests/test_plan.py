@@ -56,6 +56,39 @@ def test_collectives_count_a_body_as_often_as_it_runs():
     assert list(moves(gathered)) == [Move("all-gather", 8 * 8 * 4, 1, False)]
 
 
+def test_loops_whose_condition_alone_says_how_often_they_run():
+    """As libtpu writes them, inside a loop that goes on until something happens."""
+    hlo = """HloModule counted
+
+%until (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %seen = pred[] get-tuple-element(%p), index=0
+  ROOT %not.1 = pred[] not(%seen)
+}
+
+%below (q: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(28), metadata={op_name="x"}
+  %q = (s32[], f32[8]{0}) parameter(0)
+  %count = s32[] get-tuple-element(%q), index=0
+  ROOT %compare.2 = pred[] compare(%count, %limit), direction=LT
+}
+
+%layer (r: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %gathered = (f32[2]{0}, f32[8]{0}) all-gather-start(%part), dimensions={0}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%n, %gathered.1)
+}
+
+%token (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %w.1 = (s32[], f32[8]{0}) while(%s), condition=%below, body=%layer, backend_config={"flag_configs":[]}
+}
+
+ENTRY %main (a: f32[8]) -> (s32[], f32[8]) {
+  ROOT %w.2 = (s32[], f32[8]{0}) while(%a), condition=%until, body=%token
+}
+"""
+    assert list(moves(hlo, (5,))) == [Move("all-gather", 32, 5 * 28, True)]
+
+
 @pytest.fixture(scope="module")
 def calls():
     m, recipe = tiny.materials(), tiny.tiny_recipe()

@@ -48,6 +48,8 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", re.M)
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONSTANT = re.compile(r"%?([\w.-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(%?([\w.-]+), %?([\w.-]+)\), direction=LT")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|\w+_computations?)=(?:\{([^}]*)\}|%?([\w.-]+))")
 
 
@@ -74,13 +76,22 @@ def moves(hlo: str, runs: Sequence[int] = ()) -> Iterator[Move]:
                 yield Move(kind, _bytes(shapes, operation != kind), times, looped)
             for role, several, one in _CALLED.findall(line):
                 repeats, inside = 1, runs
-                if role == "body":
-                    trips = _TRIPS.search(line)
-                    repeats, inside = (int(trips[1]), runs) if trips else (runs[0] if runs else 1, runs[1:])
+                if role == "body" and (repeats := _trips(line, parts)) is None:
+                    repeats, inside = runs[0] if runs else 1, runs[1:]
                 for called in (several or one).replace("%", "").split(", "):
                     yield from of(called, times * repeats, looped or role == "body", inside)
 
     yield from of(next(start[1] for start in starts if start[0].startswith("ENTRY")), 1, False, runs)
+
+
+def _trips(line: str, parts: dict[str, str]) -> int | None:
+    """How often the body of a `while` runs where that is known: XLA says it, or (libtpu) the condition compares with a constant."""
+    if said := _TRIPS.search(line):
+        return int(said[1])
+    condition = parts[next(one for role, _, one in _CALLED.findall(line) if role == "condition")]
+    constants = {name: int(value) for name, value in _CONSTANT.findall(condition)}
+    below = _BELOW.search(condition)
+    return constants.get(below[2]) if below else None
 
 
 def collectives(hlo: str, runs: Sequence[int] = ()) -> dict[str, int]:

@@ -158,7 +158,7 @@ def plan(recipe: Recipe, topology: Topology, devices: list[jax.Device]) -> dict:
         "fits": all(program.fits for program in programs),
         "settings": settings,
         "largest": {"rollout.rows": rows, "grpo.micro_prompts": micro},
-        "waves": planner.turns(planned)[0],
+        "waves": None if rows is None else -(-P // rows),
         "floor_seconds": sum(program.floor_seconds for program in programs),
         "assumed": chip | {"answer_tokens": recipe.answer.max_tokens},
         "programs": [asdict(program) for program in programs],

@@ -23,7 +23,7 @@ def table(plan: dict) -> str:
     lines += [f"{p['name']} does not: {p['why']}" for p in plan["programs"] if not p["fits"]]
     if plan["fits"]:
         largest = " and ".join(f"--{key.replace('_', '-')} {value}" for key, value in plan["largest"].items() if value)
-        lines.append(f"Rollout waves: {plan['waves']}. The largest batches that fit: {largest}.")
+        lines.append(f"Rollout waves that are needed: {plan['waves']}. The largest batches that fit: {largest}.")
         rates = [f"{assumed[key] / unit:.0f} {name}" for key, unit, name in RATES]
         lines.append(
             f"A step takes {plan['floor_seconds']:.3g} s at least, if every answer has {assumed['answer_tokens']} tokens and a chip"
