@@ -3,37 +3,15 @@
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from test_drills import Run, assert_same, recipe, write_config
-from tiny_encoder import tiny_encoder
+from drill_runs import Run, assert_same, config, unbroken
 
 from pgjax.train.checkpoints import SIZES, Checkpoints
 from pgjax.train.run_folder import read_metrics
 
 pytestmark = pytest.mark.drill
 OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    drill = recipe(tiny_encoder(folder))
-    return write_config(folder, replace(drill, warm_up=replace(drill.warm_up, steps=0)))
-
-
-@pytest.fixture(scope="module")
-def unbroken(config, tmp_path_factory) -> Run:
-    run = Run(tmp_path_factory.mktemp("unbroken"), config)
-    run.finish()
-    return run
-
-
-def copied(run: Run, root: Path) -> Run:
-    shutil.copytree(run.path, root / run.path.name)
-    return Run(root, run.config)
 
 
 def complaint(process: subprocess.Popen, status: int) -> str:
@@ -44,8 +22,9 @@ def complaint(process: subprocess.Popen, status: int) -> str:
     return lines[0]
 
 
-def test_a_cut_checkpoint_is_named_and_the_one_before_is_taken_when_asked_for(unbroken, tmp_path):
-    run = copied(unbroken, tmp_path)
+def test_a_cut_checkpoint_is_named_and_the_one_before_is_taken_when_asked_for(tmp_path):
+    run = Run(tmp_path, config())
+    shutil.copytree(unbroken(), run.path)
     (run.path / "summary.json").unlink()
     newest, before = sorted(Checkpoints(run.path / "checkpoints").steps())[:-3:-1]
     files = [file for file in (run.path / "checkpoints" / str(newest)).rglob("*") if file.is_file() and file.name != SIZES]
@@ -57,31 +36,31 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_is_taken_when_asked_for(un
     assert f"no checkpoint of that step; there are: [0, {before}, {newest}]" in complaint(run.start("--from", str(newest + 1)), 2)
     assert Checkpoints(run.path / "checkpoints").latest() == newest  # nothing is dropped unasked
     run.finish("--from", str(before))
-    assert_same(run.path, unbroken.path)
+    assert_same(run.path, unbroken())
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="needs unshare, for a disk of its own")
-def test_a_full_disk(unbroken, config, tmp_path):
+def test_a_full_disk(tmp_path):
     """The run says what it could not write and ends; given room, it goes on to the same end."""
-    size = sum(file.stat().st_size for file in unbroken.path.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in unbroken().rglob("*") if file.is_file())
     runs, kept = tmp_path / "runs", tmp_path / "kept"
     runs.mkdir()
-    pgjax = f"{sys.executable} -m pgjax.cli train {config} --runs {runs}"
+    pgjax = f"{sys.executable} -m pgjax.cli train {config()} --runs {runs}"
     script = f"mount -t tmpfs -o size={int(size * 0.6)} none {runs} || exit 77; {pgjax}; status=$?; cp -r {runs} {kept}; exit $status"
     process = subprocess.Popen([*OWN_MOUNTS, "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if process.wait() == 77:
         pytest.skip("no mounts of its own here")
     said = complaint(process, 1)
     assert "No space left on device" in said and "make room" in said and str(runs) in said
-    run = Run(kept, config)
+    run = Run(kept, config())
     assert not list(run.path.rglob("*.part"))
     run.finish()
-    assert_same(run.path, unbroken.path)
+    assert_same(run.path, unbroken())
 
 
-def test_data_that_goes_away(unbroken, config, tmp_path):
+def test_data_that_goes_away(tmp_path):
     """Files are cut in the middle of a run: it says which data, and when they are back it goes on."""
-    run = Run(tmp_path, config)
+    run = Run(tmp_path, config())
     process = run.start()
     while not ((run.path / "metrics.jsonl").exists() and any(row["phase"] == "train" for row in read_metrics(run.path))):
         assert process.poll() is None, process.communicate()[1]
@@ -95,4 +74,4 @@ def test_data_that_goes_away(unbroken, config, tmp_path):
     for file in records:
         shutil.copy(tmp_path / file.name, file)
     run.finish()
-    assert_same(run.path, unbroken.path)
+    assert_same(run.path, unbroken())

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_drills import Run, assert_same, lasting, recipe, write_config
-from tiny_encoder import tiny_encoder
+from drill_runs import Run, assert_same, config, lasting, unbroken, write_config
 from toy_lessons import tiny_rewriter, write_lessons
 
 from pgjax.config import MeshConfig
@@ -72,27 +71,18 @@ def assert_gone(process: subprocess.Popen, dead: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("config")
-    drill = recipe(tiny_encoder(folder))
-    return write_config(folder, replace(drill, warm_up=replace(drill.warm_up, steps=0)))
-
-
-@pytest.fixture(scope="module")
-def unbroken(config, tmp_path_factory) -> Path:
-    """Two processes that nobody touched. One of them speaks."""
-    run = Run(tmp_path_factory.mktemp("unbroken"), config)
+def together(tmp_path_factory) -> Path:
+    """Two processes that nobody disturbed. One of them speaks."""
+    run = Run(tmp_path_factory.mktemp("together"), config())
     out, said = finish(launch(run))
     summary, _, last = out.rstrip().rpartition("\n")
     assert json.loads(summary)["reward_last"] and last == f"run: {run.path}" and said.count("train 6/6  done") == 1
     return run.path
 
 
-def test_two_processes_are_as_one(unbroken, config, tmp_path):
+def test_two_processes_are_as_one(together):
     """On the same mesh: the same samples and so the same rewards; what collectives add up differs in its order."""
-    run = Run(tmp_path, config)
-    run.finish()
-    one, two = (lasting(read_metrics(path)) for path in (run.path, unbroken))
+    one, two = (lasting(read_metrics(path)) for path in (unbroken(), together))
     assert [(row["phase"], row["step"]) for row in one] == [(row["phase"], row["step"]) for row in two]
     for here, there in zip(one, two, strict=True):
         assert here.keys() == there.keys()
@@ -100,13 +90,13 @@ def test_two_processes_are_as_one(unbroken, config, tmp_path):
             np.testing.assert_allclose(there[name] or 0, here[name] or 0, rtol=1e-4, atol=1e-6, err_msg=f"{name} of step {here['step']}")
 
 
-def test_stopped_and_killed(unbroken, config, tmp_path):
+def test_stopped_and_killed(together, tmp_path):
     """SIGTERM, then one process is killed, then the other: the rest of the run is as if nothing had been."""
-    run = Run(tmp_path, config)
-    together = launch(run)
-    wait(together, run, 1)
-    together.terminate()
-    saved = assert_saved(run, finish(together, STOPPED)[1])
+    run = Run(tmp_path, config())
+    both = launch(run)
+    wait(both, run, 1)
+    both.terminate()
+    saved = assert_saved(run, finish(both, STOPPED)[1])
     for dead in (0, 1):
         started = start_all(run)
         wait(started[0], run, saved + 1)
@@ -114,7 +104,7 @@ def test_stopped_and_killed(unbroken, config, tmp_path):
         assert_gone(started[1 - dead], dead)
         started[dead].communicate()
     finish(launch(run))
-    assert_same(run.path, unbroken)
+    assert_same(run.path, together)
 
 
 def test_sigterm_to_one_of_two_supervised(tmp_path):
@@ -134,15 +124,14 @@ def test_sigterm_to_one_of_two_supervised(tmp_path):
     assert_same(run.path, whole.path)
 
 
-def test_sigterm_to_a_process_alone(config, tmp_path):
-    whole, run = Run(tmp_path / "whole", config), Run(tmp_path / "runs", config)
-    whole.finish()
+def test_sigterm_to_a_process_alone(tmp_path):
+    run = Run(tmp_path, config())
     process = run.start()
     wait(process, run, 1)
     process.terminate()
     assert_saved(run, finish(process, STOPPED)[1])
     run.finish()
-    assert_same(run.path, whole.path)
+    assert_same(run.path, unbroken())
 
 
 def test_a_coordinator_that_is_not_there(tmp_path):
@@ -153,10 +142,10 @@ def test_a_coordinator_that_is_not_there(tmp_path):
     assert done.returncode == 1 and "localhost:1 within 5 s; this is number 1" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_one_that_fails_says_why_and_ends_all(config, tmp_path):
+def test_one_that_fails_says_why_and_ends_all(tmp_path):
     """The first one cannot write: the other hears that it is gone."""
     (tmp_path / "drill").write_text("in the way of the run folder")
-    started = start_all(Run(tmp_path, config))
+    started = start_all(Run(tmp_path, config()))
     (_, first), (_, second) = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [2, 1]
     assert first.startswith("pgjax: run ") and first.count("\n") == 1, first
