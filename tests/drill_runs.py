@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from tiny_encoder import tiny_encoder
+from tiny_qwen import QUICK
 from tiny_recipe import tiny_recipe
 
 from pgjax.config import MeshConfig, Recipe
@@ -67,6 +68,12 @@ def recipe(embedder: Path) -> Recipe:
     )
 
 
+def environment() -> dict[str, str]:
+    """Of a process that sets for itself what conftest.py sets for its own, and compiles fast."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
+    return kept | {"XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in QUICK.items())}
+
+
 @dataclass(frozen=True)
 class Run:
     """A folder of runs with the recipe's run in it, and the process that works on it."""
@@ -81,10 +88,8 @@ class Run:
 
     def start(self, *options: str, fire: tuple[str, int, float] | None = None) -> subprocess.Popen:
         command = ["-m", "pgjax.cli"] if fire is None else ["-c", UNDER_FIRE, *map(str, fire)]
-        # What conftest.py sets for its own process, pgjax sets here.
-        env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
         arguments = [sys.executable, *command, self.command, str(self.config), "--runs", str(self.root), *options]
-        return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def finish(self, *options: str) -> str:
         """Lets the run go on to its end; what it said on stderr."""

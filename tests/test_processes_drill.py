@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drill_runs import Run, assert_same, config, lasting, unbroken, write_config
+from drill_runs import Run, assert_same, config, environment, lasting, unbroken, write_config
 from toy_lessons import tiny_rewriter, write_lessons
 
 from pgjax.config import MeshConfig
@@ -33,8 +33,7 @@ def start_all(run: Run) -> list[subprocess.Popen]:
 
 def launch(run: Run) -> subprocess.Popen:
     """Both of them by the script, as one process."""
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
-    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    env = environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [str(LAUNCH / "local.sh"), "2", run.command, str(run.config), "--runs", str(run.root)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -111,8 +110,8 @@ def test_sigterm_to_one_of_two_supervised(tmp_path):
     """Both save the same step, and go on to the numbers of two that were not stopped."""
     tiny = tiny_rewriter(write_lessons(tmp_path / "data"))
     sft = replace(tiny.sft, keep_checkpoints=2)
-    config = write_config(tmp_path, validate(replace(tiny, name="drill", devices=2, mesh=MeshConfig(1, 2, 1), sft=sft)))
-    whole, run = Run(tmp_path / "whole", config, "sft"), Run(tmp_path / "runs", config, "sft")
+    file = write_config(tmp_path, validate(replace(tiny, name="drill", devices=2, mesh=MeshConfig(1, 2, 1), sft=sft)))
+    whole, run = Run(tmp_path / "whole", file, "sft"), Run(tmp_path / "runs", file, "sft")
     finish(launch(whole))
     started = start_all(run)
     wait(started[0], run, 1, "sft")

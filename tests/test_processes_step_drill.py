@@ -1,6 +1,5 @@
 """A GRPO step by 2 and by 4 real processes beside the same by one: what is sampled, scored and learnt. `make drills` runs it."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drill_runs import environment
 from tiny_recipe import G, P, tiny_recipe
 
 from pgjax.generate.score import packed_width
@@ -22,10 +22,8 @@ def step_by(processes: int, folder: Path) -> dict[str, np.ndarray]:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     where = [[address, str(k)] for k in range(processes)] if processes > 1 else [[]]
-    # What conftest.py sets for its own process, the script sets itself.
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
     command = [sys.executable, str(SCRIPT), str(out), str(processes)]
-    started = [subprocess.Popen([*command, *at], env=env, stderr=subprocess.PIPE, text=True) for at in where]
+    started = [subprocess.Popen([*command, *at], env=environment(), stderr=subprocess.PIPE, text=True) for at in where]
     said = [process.communicate(timeout=600)[1] for process in started]
     assert not any(process.returncode for process in started), said
     return dict(np.load(out))
