@@ -21,9 +21,9 @@ demo-rewriter: .venv/.installed
 test: $(TEST_DEPS)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 
-# Tests that kill processes or take minutes.
+# Tests that kill processes or take minutes, two files at a time: they wait much.
 drills: $(TEST_DEPS)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m drill
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m drill -n 2 --dist loadfile
 
 lint: .venv/.test
 	$(BIN)/ruff check .

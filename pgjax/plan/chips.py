@@ -6,6 +6,8 @@ way). A TPU's memory is what libtpu lets a program have of it.
 
 import os
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 import jax
@@ -71,12 +73,22 @@ def parse_topology(name: str) -> Topology:
 
 
 def prepare(topology: Topology) -> int:
-    """Before jax starts: for TPUs, that none is looked for. The number of CPU devices to simulate, which stand in for GPUs."""
+    """Before jax starts: for TPUs, that none is looked for. The number of CPU devices to simulate, which stand in for GPUs; 0 where those
+    GPUs are here."""
     if topology.is_tpu:
         for name, value in _NO_TPU.items():
             os.environ.setdefault(name, value)
         return 1
-    return topology.count
+    return 0 if _gpus() == [topology.chip.kind] * topology.count else topology.count
+
+
+def _gpus() -> list[str]:
+    """The GPUs of this machine, as kinds of `CHIPS` or by their own names."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True).stdout.split("\n")
+    kinds = [chip.kind for chip in CHIPS.values()]
+    return [next((kind for kind in kinds if name.startswith(kind)), name) for name in names if name]
 
 
 def describe(topology: Topology) -> list[jax.Device]:

@@ -30,6 +30,8 @@ from pgjax.train.setup import make_setup
 ROLLOUT = ("gather", "encode", "prefill", "decode")
 LEARNING = ("arrange", "score", "experience", "update")  # what of a step grows with the micro-batch
 
+COMPILERS = {"tpu": "libtpu", "gpu": "XLA for GPUs", "cpu": "XLA for CPU devices in place of GPUs"}
+
 
 @dataclass
 class Program:
@@ -154,7 +156,7 @@ def plan(recipe: Recipe, topology: Topology, devices: list[jax.Device]) -> dict:
         "topology": topology.name,
         "chips": topology.count,
         "mesh": dict(planner.mesh.shape),
-        "compiler": "libtpu" if topology.is_tpu else "XLA for CPU devices in place of GPUs",
+        "compiler": COMPILERS[devices[0].platform],
         "fits": all(program.fits for program in programs),
         "settings": settings,
         "largest": {"rollout.rows": rows, "grpo.micro_prompts": micro},
