@@ -24,7 +24,7 @@ from typing import NoReturn, TextIO
 HEARTBEAT_SECONDS = 20  # a process that gives no sign of life for so long is gone
 JOIN_SECONDS = 300  # within which all processes must have been started; nodes of a cluster come up minutes apart
 SHUTDOWN_SECONDS = 60  # a process that is done waits so long for the others
-BUILD_SECONDS = 24 * 3600  # the others wait so long for what the first one builds
+WORK_SECONDS = 24 * 3600  # processes wait so long for one that builds data or writes the last report
 STOPPED = 143  # exit status after SIGTERM: not 0, or a scheduler would take the run for ended and not start it again
 
 _barriers = itertools.count()  # all processes count alike
@@ -192,9 +192,11 @@ def keep_watch(group: Group, last_words: LastWords) -> None:
 
 
 def leave(last_words: LastWords, status: int) -> None:
-    """Waits until all processes are done. Process 0 may be gone before this one has heard that, which is no failure now."""
+    """Waits until all processes are done, as a live one: jax's own wait, at shutdown, gives no sign of life. After that process 0 may be
+    gone before this one has heard of it, which is no failure now."""
     import jax
 
+    wait_for_all("leave")
     last_words.when_aborted = lambda: os._exit(status)
     jax.distributed.shutdown()
 
@@ -227,18 +229,21 @@ def complain(message: object) -> None:
 def first_alone() -> Iterator[None]:
     """Process 0 goes through the body before the others do: what it builds in the run folder, which all share, they find there."""
     import jax
-    from jax._src.distributed import global_state
-
-    def barrier() -> None:
-        assert global_state.client is not None
-        global_state.client.wait_at_barrier(f"pgjax/first_alone/{next(_barriers)}", BUILD_SECONDS * 1000)
 
     others = jax.distributed.is_initialized() and jax.process_index() > 0
     if others:
-        barrier()
+        wait_for_all("first_alone")
     yield
     if jax.distributed.is_initialized() and not others:
-        barrier()
+        wait_for_all("first_alone")
+
+
+def wait_for_all(what: str) -> None:
+    """Until all processes have come here; it takes as long as the slowest of them works."""
+    from jax._src.distributed import global_state
+
+    assert global_state.client is not None
+    global_state.client.wait_at_barrier(f"pgjax/{what}/{next(_barriers)}", WORK_SECONDS * 1000)
 
 
 @contextmanager
