@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tiny_recipe import tiny_recipe
 
 from pgjax.grpo.trainer import train
-from pgjax.train.checkpoints import Checkpoints
+from pgjax.train.checkpoints import SIZES, Checkpoints, go_back
 from pgjax.train.run_folder import RunFolder
 
 STATE = {"w": jnp.arange(4.0)}
@@ -119,3 +119,37 @@ def test_another_recipe_does_not_go_on_with_a_run(tmp_path):
     with pytest.raises(ValueError, match="was started with seed = 0, now it is 1"):
         train(replace(recipe, seed=1), tmp_path)
     assert (tmp_path / "config.json").read_text() == config and not (tmp_path / "data").exists()
+
+
+def test_a_file_that_was_cut_or_lost_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        checkpoints.save(step, STATE)
+    largest = max(
+        (file for file in (tmp_path / "3").rglob("*") if file.is_file() and file.name != SIZES), key=lambda file: file.stat().st_size
+    )
+    whole, name = largest.read_bytes(), str(largest.relative_to(tmp_path / "3"))
+    largest.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"3 is damaged: its file {name} has {len(whole) - 1} bytes instead of {len(whole)}; `--from 2`"):
+        checkpoints.restore(STATE)
+    largest.unlink()
+    with pytest.raises(ValueError, match=f"its file {name} is gone"):
+        checkpoints.restore(STATE)
+    largest.write_bytes(whole)
+    assert checkpoints.restore(STATE)["w"].tolist() == [0, 1, 2, 3]
+    shutil.rmtree(tmp_path / "2"), shutil.rmtree(tmp_path / "1")
+    largest.unlink()
+    with pytest.raises(ValueError, match="with none before it, `--fresh` starts over"):
+        Checkpoints(tmp_path).restore(STATE)
+
+
+def test_going_back_drops_later_ones(tmp_path):
+    for step in (1, 2, 3):
+        Checkpoints(tmp_path, keep=3).save(step, STATE)
+    with pytest.raises(ValueError, match=r"--from 4: .* there are: \[1, 2, 3\]"):
+        go_back(tmp_path, 4)
+    assert Checkpoints(tmp_path).steps() == [1, 2, 3]
+    go_back(tmp_path, 2)
+    assert Checkpoints(tmp_path).steps() == [1, 2]
+    with pytest.raises(ValueError, match="there are: none"):
+        go_back(tmp_path / "nowhere", 1)
