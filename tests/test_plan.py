@@ -1,21 +1,30 @@
 """The plan: what is counted against programs whose work is known, the walk through a step, and `pgjax plan` for TPUs where libtpu is."""
 
+import dataclasses
+import importlib.util
+import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 import tiny_recipe as tiny
+from drill_runs import write_config
 from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pgjax.cli import main
 from pgjax.config import MeshConfig
 from pgjax.grpo.programs import Judge
 from pgjax.parallel.mesh import make_mesh
 from pgjax.plan.chips import CHIPS, parse_topology
 from pgjax.plan.count import Move, collectives, flops, moves
 from pgjax.plan.plan import largest
+from pgjax.plan.table import table
 from pgjax.plan.walk import walk
 from pgjax.train.flops import PEAKS
 
@@ -136,3 +145,55 @@ def test_topologies():
         with pytest.raises(ValueError, match="must be like v5e:8x8"):
             parse_topology(name)
     assert all(any(chip.kind.startswith(kind) and chip.flops == rate for kind, rate in PEAKS.items()) for chip in CHIPS.values())
+
+
+needs_libtpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu (the extra tpu)")
+
+
+def planned(*argv: str) -> dict:
+    """By a process of its own: libtpu reads its environment when it is loaded."""
+    command = [sys.executable, "-m", "pgjax.cli", "plan", *argv, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@needs_libtpu
+def test_a_plan_for_a_tpu(tmp_path):
+    recipe = dataclasses.replace(tiny.tiny_recipe(), devices=0, mesh=MeshConfig(1, -1, 1))
+    found = planned(str(write_config(tmp_path, recipe)), "--topology", "v5e:2x2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    assert found["fits"] and found["waves"] == 1 and found["settings"] == {} and found["chips"] == 4
+    programs = {program["name"]: program for program in found["programs"]}
+    assert {"encode", "prefill", "decode", "score", "update"} <= programs.keys()
+    for program in found["programs"]:
+        assert program["fits"] and program["why"] is None and program["beside_bytes"] < program["peak_bytes"] < program["limit_bytes"]
+    # Twice the updates, with the score's passes and two more for the gradients, of rows alike.
+    assert 2 < programs["update"]["flops"] / (programs["score"]["flops"] / programs["score"]["times"]) < 4.5
+    assert programs["gather"]["collectives"].keys() == {"all-gather"} and 0 < found["floor_seconds"] < 1
+    text = table(found)
+    assert "It fits." in text and text.count("| yes |") == len(found["programs"])
+
+
+@needs_libtpu
+@pytest.mark.drill
+def test_the_7b_recipe_at_reduced_depth_does_not_fit_four_small_chips():
+    depth = ("--model.text.layers", "4", "--model.vision.depth", "4")
+    found = planned("proguard_7b", "--topology", "v5e:2x2", "--mesh.fsdp", "1", "--mesh.tensor", "4", *depth)
+    assert not found["fits"] and found["largest"]["grpo.micro_prompts"] is None
+    why = {program["name"]: program["why"] for program in found["programs"] if not program["fits"]}
+    assert "update" in why and "15.75" in why["update"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (("toy", "--topology", "v9:2x2"), "must be like v5e:8x8"),
+        (("toy", "--topology", "v5e:2x2"), "does not fit 4 devices"),
+        (("toy",), "--topology"),
+        (("nowhere", "--topology", "v5e:2x2"), "not in configs/"),
+    ],
+)
+def test_bad_plans_are_one_line(argv, says, capsys):
+    assert main(["plan", *argv]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
