@@ -169,7 +169,7 @@ def test_a_plan_for_a_tpu(tmp_path):
         assert program["fits"] and program["why"] is None and program["beside_bytes"] < program["peak_bytes"] < program["limit_bytes"]
     # Twice the updates, with the score's passes and two more for the gradients, of rows alike.
     assert 2 < programs["update"]["flops"] / (programs["score"]["flops"] / programs["score"]["times"]) < 4.5
-    assert programs["gather"]["collectives"].keys() == {"all-gather"} and 0 < found["floor_seconds"] < 1
+    assert programs["gather"]["collectives"]["all-gather"] > 0 and 0 < found["floor_seconds"] < 1
     text = table(found)
     assert "It fits." in text and text.count("| yes |") == len(found["programs"])
 
