@@ -15,10 +15,10 @@ OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]
 
 
 def complaint(process: subprocess.Popen, status: int) -> str:
-    """The one line in which it said what is wrong, last, and without a traceback."""
+    """The one line of ours in which it said what is wrong, last."""
     _, said = process.communicate(timeout=300)
     lines = [line for line in said.splitlines() if line.startswith("pgjax: ")]
-    assert process.returncode == status and len(lines) == 1 and "Traceback" not in said, said
+    assert process.returncode == status and lines == said.splitlines()[-1:], said
     return lines[0]
 
 
@@ -26,14 +26,14 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_is_taken_when_asked_for(tm
     run = Run(tmp_path, config())
     shutil.copytree(unbroken(), run.path)
     (run.path / "summary.json").unlink()
-    newest, before = sorted(Checkpoints(run.path / "checkpoints").steps())[:-3:-1]
+    *_, before, newest = steps = Checkpoints(run.path / "checkpoints").steps()
     files = [file for file in (run.path / "checkpoints" / str(newest)).rglob("*") if file.is_file() and file.name != SIZES]
     largest = max(files, key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:
         file.truncate(largest.stat().st_size // 2)
     said = complaint(run.start(), 2)
     assert f"checkpoints/{newest} is damaged" in said and largest.name in said and f"--from {before}" in said
-    assert f"no checkpoint of that step; there are: [0, {before}, {newest}]" in complaint(run.start("--from", str(newest + 1)), 2)
+    assert f"no checkpoint of that step; there are: {steps}" in complaint(run.start("--from", str(newest + 1)), 2)
     assert Checkpoints(run.path / "checkpoints").latest() == newest  # nothing is dropped unasked
     run.finish("--from", str(before))
     assert_same(run.path, unbroken())

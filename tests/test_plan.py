@@ -177,8 +177,8 @@ def test_a_plan_for_a_tpu(tmp_path):
 @needs_libtpu
 @pytest.mark.drill
 def test_the_7b_recipe_at_reduced_depth_does_not_fit_four_small_chips():
-    depth = ("--model.text.layers", "4", "--model.vision.depth", "4")
-    found = planned("proguard_7b", "--topology", "v5e:2x2", "--mesh.fsdp", "1", "--mesh.tensor", "4", *depth)
+    shallow = ("--model.text.layers", "4", "--model.freeze-vision", "True")
+    found = planned("proguard_7b", "--topology", "v5e:2x2", "--mesh.fsdp", "1", "--mesh.tensor", "4", *shallow)
     assert not found["fits"] and found["largest"]["grpo.micro_prompts"] is None
     why = {program["name"]: program["why"] for program in found["programs"] if not program["fits"]}
     assert "update" in why and "15.75" in why["update"]
