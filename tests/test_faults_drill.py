@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from drill_runs import Run, assert_same, config, unbroken
+from drill_runs import Run, assert_same, config, environment, unbroken
 
 from pgjax.train.checkpoints import SIZES, Checkpoints
 from pgjax.train.run_folder import read_metrics
@@ -47,7 +47,8 @@ def test_a_full_disk(tmp_path):
     runs.mkdir()
     pgjax = f"{sys.executable} -m pgjax.cli train {config()} --runs {runs}"
     script = f"mount -t tmpfs -o size={int(size * 0.6)} none {runs} || exit 77; {pgjax}; status=$?; cp -r {runs} {kept}; exit $status"
-    process = subprocess.Popen([*OWN_MOUNTS, "sh", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*OWN_MOUNTS, "sh", "-c", script]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if process.wait() == 77:
         pytest.skip("no mounts of its own here")
     said = complaint(process, 1)

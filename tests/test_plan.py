@@ -25,7 +25,7 @@ from pgjax.plan.chips import CHIPS, parse_topology
 from pgjax.plan.count import Move, collectives, flops, moves
 from pgjax.plan.plan import largest
 from pgjax.plan.table import table
-from pgjax.plan.walk import walk
+from pgjax.plan.walk import chip_bytes, walk
 from pgjax.train.flops import PEAKS
 
 MESH = (2, 2, 2)
@@ -115,10 +115,9 @@ def test_the_walk_is_the_step(calls):
 def test_what_a_step_holds(calls):
     """Beside `gather` there is the batch, beside `encode` there are the parameters instead, and beside `decode` the visual tokens."""
     setup, recipe = tiny.setup(MESH), tiny.tiny_recipe()
-    on_chip = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
     prompts, gold = (sum(x.nbytes for x in jax.tree.leaves(tree)) / 4 for tree in tiny.batch(recipe.grpo.prompts))
-    assert calls["gather"].beside - calls["encode"].beside == prompts - on_chip(setup.abstract_state(optax.identity()).params)
-    assert calls["decode"].beside - calls["prefill"].beside == on_chip(calls["encode"].traced.out_info) - gold
+    assert calls["gather"].beside - calls["encode"].beside == prompts - chip_bytes(setup.abstract_state(optax.identity()).params)
+    assert calls["decode"].beside - calls["prefill"].beside == chip_bytes(calls["encode"].traced.out_info) - gold
 
 
 def test_no_parameter_is_gathered_in_the_decode_loop(calls):

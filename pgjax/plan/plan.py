@@ -20,12 +20,13 @@ from pgjax.models.sentence_encoder import load_embedder
 from pgjax.parallel.mesh import make_mesh
 from pgjax.plan.chips import GIB, Topology
 from pgjax.plan.count import collectives, flops
-from pgjax.plan.walk import Call, walk
+from pgjax.plan.walk import Call, chip_bytes, walk
 from pgjax.taxonomy import load_taxonomy
 from pgjax.tokenizer import byte_tokenizer, load_tokenizer
 from pgjax.train.flops import matmul_weights
 from pgjax.train.materials import cache_dir, grid, make_banks
 from pgjax.train.setup import make_setup
+from pgjax.train.update import make_optimizer
 
 ROLLOUT = ("gather", "encode", "prefill", "decode")
 LEARNING = ("arrange", "score", "experience", "update")  # what of a step grows with the micro-batch
@@ -66,6 +67,11 @@ class Planner:
         self.judge = Judge(embedder, make_banks(recipe, self.taxonomy, embedder)[0])
         self.shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         self._compiled: dict[str, tuple] = {}
+
+    def held(self) -> dict[str, int]:
+        """What a chip holds also between steps."""
+        trained = self.setup.abstract_state(make_optimizer(self.recipe.grpo.optimizer, 1))
+        return {"state": chip_bytes(trained), "reference": chip_bytes(self.setup.abstract_reference())}
 
     def programs(self, recipe: Recipe, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Program]:
         for call in walk(recipe, self.setup, self.automaton, self.tokenizer, self.judge, len(self.taxonomy.nodes)):
@@ -158,6 +164,7 @@ def plan(recipe: Recipe, topology: Topology, devices: list[jax.Device]) -> dict:
         "mesh": dict(planner.mesh.shape),
         "compiler": COMPILERS[devices[0].platform],
         "fits": all(program.fits for program in programs),
+        "held_bytes": planner.held(),
         "settings": settings,
         "largest": {"rollout.rows": rows, "grpo.micro_prompts": micro},
         "waves": None if rows is None else -(-P // rows),

@@ -19,7 +19,13 @@ def table(plan: dict) -> str:
         row = [p["name"], str(p["times"]), "yes" if p["fits"] else "no", *sizes, f"{p['flops'] / plan['chips'] / 1e12:.2f}", moved]
         lines.append(f"| {' | '.join([*row, format(p['floor_seconds'], '.3g')])} |")
     limit, assumed = plan["programs"][0]["limit_bytes"], plan["assumed"]
+    state, reference = plan["held_bytes"]["state"], plan["held_bytes"]["reference"]
     lines += ["", f"A chip has {gib(limit)} GiB. {'It fits' if plan['fits'] else 'It does not fit'}{_how(plan)}."]
+    lines.append(
+        f"At all times it holds the weights and averages that are trained, {gib(state)} GiB, and the reference, {gib(reference)} GiB."
+    )
+    if state + reference > limit:
+        lines.append("These alone are too much: fsdp x tensor must be larger, or fewer weights trained (--model.lora-rank).")
     lines += [f"{p['name']} does not: {p['why']}" for p in plan["programs"] if not p["fits"]]
     if plan["fits"]:
         largest = " and ".join(f"--{key.replace('_', '-')} {value}" for key, value in plan["largest"].items() if value)

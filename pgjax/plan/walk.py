@@ -1,5 +1,6 @@
 """A step without arrays: `grpo_step` itself is called with shapes, and every program that it would run is traced for the plan's mesh."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,6 @@ from weakref import WeakSet
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pgjax.automaton import Automaton
 from pgjax.config import Recipe
@@ -27,9 +27,10 @@ class Shape(jax.ShapeDtypeStruct):
 
     __hash__, __eq__ = object.__hash__, object.__eq__
 
-    @property
-    def chip_bytes(self) -> int:
-        return int(np.prod(self.sharding.shard_shape(self.shape))) * self.dtype.itemsize
+
+def chip_bytes(tree) -> int:
+    """Of shapes with shardings, what lies on one chip."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Walked(Programs):
             known = self.calls.setdefault(about, Call(name, None, 0, 0))
             known.traced = known.traced or program.trace(*given, **kwargs)
             mine = [x for x in jax.tree.leaves(args) if isinstance(x, Shape)]
-            known.times, known.beside = known.times + 1, max(known.beside, sum(x.chip_bytes for x in self.live.difference(mine)))
+            known.times, known.beside = known.times + 1, max(known.beside, chip_bytes(list(self.live.difference(mine))))
             donated = jax.tree.leaves(jax.tree.map(lambda x: x.donated, known.traced.args_info[0]))
             self.live -= {x for x, gone in zip(jax.tree.leaves(args), donated, strict=True) if gone}
             out = known.traced.out_info
