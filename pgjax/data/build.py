@@ -7,7 +7,7 @@ is a sequence of at most one entry, because TFDS knows no None.
 import contextlib
 import io
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,8 +24,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     name = "pgjax"
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, examples: Sequence[Example], **options):
-        self._rows = examples
+    def __init__(self, splits: Mapping[str, Iterable[Example]], **options):
+        self._splits = splits
         super().__init__(**options)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -41,10 +41,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         )
 
     def _split_generators(self, _) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in sorted({row.split for row in self._rows})}
+        return {split: self._generate_examples(rows) for split, rows in sorted(self._splits.items())}
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        for number, row in enumerate(row for row in self._rows if row.split == split):
+    def _generate_examples(self, rows: Iterable[Example]) -> Iterator[tuple[int, dict]]:
+        for number, row in enumerate(rows):
             record: dict = {name: getattr(row, name) for name in PLAIN}
             record |= {name: [] if getattr(row, name) is None else [getattr(row, name)] for name in OPTIONAL}
             record["accepted"] = list(row.accepted)
@@ -63,14 +63,20 @@ def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
         raise ValueError(f"dataset folder {out} exists already; remove it or name another")
     if not examples:
         raise ValueError(f"no examples to write to {out}")
-    tfds.disable_progress_bar()
-    with new_folder(out) as aside, contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
-        builder = _Builder(examples, data_dir=aside / "build", file_format="array_record")
-        builder.download_and_prepare()
-        for file in Path(builder.data_path).iterdir():
-            file.rename(aside / file.name)
-        shutil.rmtree(aside / "build")
+    with new_folder(out) as aside:
+        write_splits({split: [row for row in examples if row.split == split] for split in {row.split for row in examples}}, aside)
     return out
+
+
+def write_splits(splits: Mapping[str, Iterable[Example]], folder: Path) -> None:
+    """A dataset into a folder that is there. Each split is gone through once."""
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
+        builder = _Builder(splits, data_dir=folder / "build", file_format="array_record")
+        builder.download_and_prepare()
+    for file in Path(builder.data_path).iterdir():
+        file.rename(folder / file.name)
+    shutil.rmtree(folder / "build")
 
 
 class _FileBytes(tfds.decode.SkipDecoding):
@@ -111,9 +117,18 @@ class ExampleSource(Sequence[Example]):
 
 def read_dataset(folder: str | Path, split: str) -> ExampleSource:
     """Open one split of what `build_dataset` wrote. Raises ValueError when the folder or the split is not there."""
-    if not (Path(folder) / "dataset_info.json").exists():
-        raise ValueError(f"{folder} holds no dataset (no dataset_info.json); build one first")
-    builder = tfds.builder_from_directory(folder)
+    builder = _opened(folder)
     if split not in builder.info.splits:
         raise ValueError(f"dataset {folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
     return ExampleSource(builder.as_data_source(split, decoders={"images": _FileBytes()}), folder)
+
+
+def splits_of(folder: str | Path) -> list[str]:
+    """The splits that it has. Raises ValueError when the folder is no dataset."""
+    return sorted(_opened(folder).info.splits)
+
+
+def _opened(folder: str | Path) -> tfds.core.DatasetBuilder:
+    if not (Path(folder) / "dataset_info.json").exists():
+        raise ValueError(f"{folder} holds no dataset (no dataset_info.json); build one first")
+    return tfds.builder_from_directory(folder)

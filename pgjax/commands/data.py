@@ -1,0 +1,52 @@
+"""Subcommands for datasets: build one, look at it; docs/data.md."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pgjax.commands.start import no_more
+
+
+def data(args: argparse.Namespace, rest: list[str]) -> None:
+    {"build": build, "stats": stats, "show": show}[args.action](args, rest)
+
+
+def build(args: argparse.Namespace, rest: list[str]) -> None:
+    from pgjax.data.dataset import Dataset, validate
+    from pgjax.recipes import load_config, override
+
+    config = validate(override(load_config(args.config, Dataset), rest))
+    from pgjax.commands.start import start_jax
+
+    start_jax(0)
+    from pgjax.data.card import tables
+    from pgjax.data.make import build
+    from pgjax.pages.tables import plain
+
+    card = build(config, args.allow_remote, lambda card: print(plain([], tables(card)), flush=True))
+    rows = {split: sum(source["chosen"].get(split, 0) for source in card["sources"].values()) for split in ("train", "eval")}
+    print(f"dataset: {config.folder}: {rows['train']} rows to train on, {rows['eval']} held out; card.md says of what")
+
+
+def stats(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.data.stats import stats
+    from pgjax.pages.tables import plain
+
+    tables = stats(Path(args.folder), Path(args.model) if args.model else None)
+    whole = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
+    print(json.dumps(whole) if args.json else plain([], tables), end="\n" if args.json else "")
+
+
+def show(args: argparse.Namespace, rest: list[str]) -> None:
+    no_more(rest)
+    from pgjax.data.stats import Shown, find, gold, page
+    from pgjax.files import replace_file
+
+    example, shown = find(Path(args.folder), args.id), Shown(Path(args.model) if args.model else None)
+    replace_file(Path(args.out), page(example, shown, veil=not args.reveal))
+    print(json.dumps(gold(example), indent=1))
+    if args.reveal:
+        print(shown.text(example))
+    print(f"page: {args.out}", file=sys.stderr)
