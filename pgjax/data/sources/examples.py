@@ -38,7 +38,7 @@ def example(
     about: dict[str, Any] | None = None,
     split: str | None = None,
 ) -> Example:
-    """`about` holds what is known of the category where something is unsafe; where all is safe there is none.
+    """`about` holds what is known of the category where something is unsafe, or no label is known; where all is safe there is none.
 
     The split is that of the group, unless the source is for evaluation only or `split` says otherwise. Unusable without a request and
     without a picture, and for a picture that cannot be decoded. A blank response is absent.
@@ -49,8 +49,9 @@ def example(
         check_picture(image)
     if not (response or "").strip():
         response, response_label = None, "absent"
-    labels = {request_label, response_label}
-    known = (about or {"category": "unknown"}) if "unsafe" in labels else {"category": "unknown" if "unknown" in labels else "none"}
+    labels = {request_label, response_label} - {"absent"}
+    told = "unsafe" in labels or labels == {"unknown"}
+    known = about if told and about else {"category": "none" if labels == {"safe"} else "unknown"}
     return Example(
         id=id,
         group=group,

@@ -130,14 +130,12 @@ def xstest(root: Path, taxonomy: Taxonomy) -> Rows:
 def ailuminate_demo(root: Path, taxonomy: Taxonomy) -> Rows:
     """mlcommons/ailuminate (CC BY 4.0), ailuminate_demo/*.csv (one file): `prompt_text`, `hazard`.
 
-    The hazard says what a prompt is about, not whether it is unsafe: that is unknown, and many a prompt about advice or elections is
-    not. A vote can label them (docs/data.md).
+    The hazard says what a prompt is about, not whether it is unsafe: many a prompt about advice or elections is not. That is unknown.
     """
     labels = LabelMap("ailuminate_demo", taxonomy)
 
     def read(row: Row) -> Iterator[Example]:
-        labels.about([row.text("hazard")])  # for what is withheld, and for a hazard that is not known
-        yield text_example("ailuminate_demo", row, row.text("prompt_text"), "unknown")
+        yield text_example("ailuminate_demo", row, row.text("prompt_text"), "unknown", about=labels.about([row.text("hazard")]))
 
     return each(read_rows(root, "ailuminate_demo/*.csv", ("prompt_text", "hazard"), one=True), read)
 
