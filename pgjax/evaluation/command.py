@@ -13,6 +13,7 @@ from pgjax.data.build import read_dataset
 from pgjax.data.schema import UNSAFE, Example
 from pgjax.data.sources.benchmarks import BENCHMARKS, read_benchmark
 from pgjax.data.sources.files import Read, data_root, first_groups
+from pgjax.data.sources.registry import SOURCES
 from pgjax.evaluation import tables
 from pgjax.evaluation.evaluate import Answered
 from pgjax.evaluation.obedience import CONDITIONS, obedience
@@ -113,9 +114,9 @@ def read_set(guard: Guard, folder: Path, name: str, args: argparse.Namespace) ->
             raise ValueError(f"benchmark {HELD_OUT}: {folder} has no data/; only a run folder brings held-out rows")
         read, lines = Read(list(read_dataset(folder / "data", "eval")), Counter()), ("request", "response")
     else:
-        root = data_root(args.data) if name in BENCHMARKS and BENCHMARKS[name].where else Path()
+        root = data_root(args.data) if name in BENCHMARKS and SOURCES[name].where else Path()
         read = read_benchmark(name, root, guard.taxonomy)
-        lines = BENCHMARKS[name].lines
+        lines = BENCHMARKS[name]
         if args.held_out:
             read = read._replace(examples=[example for example in read.examples if example.split == "eval"])
     if args.limit is None or args.limit >= len(read.examples):
