@@ -28,8 +28,8 @@ from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
 from pgjax.endpoint import Failed
 from pgjax.files import check_out, new_folder
+from pgjax.flow import some_at_a_time
 from pgjax.rewriter.config import TOY, Synthesis
-from pgjax.rewriter.flow import some_at_a_time
 from pgjax.rewriter.quality import SAFE_ALREADY, Ends, Made, make, version
 from pgjax.rewriter.record import template
 from pgjax.rewriter.stages import STAGES
