@@ -188,17 +188,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--taxonomy", help="YAML file; default the packaged one")
     sub.add_argument("--embedder", help="sentence-transformers folder; default the MiniLM package")
     sub.add_argument("--exclude", nargs="*", default=[], help="ids without a bank row")
-    actions = command("data", "datasets: build one from public sets and rows of your own, look at it").add_subparsers(
-        dest="action", required=True, metavar="ACTION"
+    actions = command("data", "datasets: build one from public sets and rows of your own, look at it")
+    actions = actions.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    sub = actions.add_parser(
+        "build", help="read, clean, label by vote, balance, write; --KEY VALUE overrides any value", allow_abbrev=False
     )
-    sub = actions.add_parser("build", help="read, clean, label by vote, balance, write; --KEY VALUE overrides any value", allow_abbrev=False)
     sub.add_argument("config", help="a path, such as configs/data/public.py")
     sub.add_argument("--allow-remote", action="store_true", help="rows may be sent to judges on other machines")
-    sub = actions.add_parser("stats", help="counts by modality, label, category and source; lengths and sizes of pictures", allow_abbrev=False)
+    sub = actions.add_parser(
+        "stats", help="counts by modality, label, category and source; lengths and sizes of pictures", allow_abbrev=False
+    )
     sub.add_argument("folder", metavar="DIR", help="a built dataset; a run folder's is its data/")
     sub.add_argument("--model", metavar="DIR", help="lengths in tokens of its prompts: run folder, or Hugging Face checkpoint directory")
     sub.add_argument("--json", action="store_true", help="one JSON object")
-    sub = actions.add_parser("show", help="one row: the prompt as a model is shown it, its picture, its gold", allow_abbrev=False)
+    sub = action("show", "one row: the prompt as a model is shown it, its picture, its gold")
     sub.add_argument("folder", metavar="DIR", help="a built dataset; a run folder's is its data/")
     sub.add_argument("--id", required=True, help="of the row")
     sub.add_argument("--model", metavar="DIR", help="whose prompt: run folder, or Hugging Face checkpoint directory")

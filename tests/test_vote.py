@@ -32,7 +32,8 @@ from pgjax.data.toy import draw
 from pgjax.data.vote import FIELDS, GIVE_UP, Ballot, Vote, Voted, Votes, agreement, decide, gold, label, lines, report, reserved, vote
 from pgjax.endpoint import Limits
 from pgjax.files import read_json
-from pgjax.taxonomy import full_view, load_taxonomy, parse_taxonomy, render_policy
+from pgjax.serving.endpoints import open_endpoints
+from pgjax.taxonomy import Taxonomy, full_view, load_taxonomy, parse_taxonomy, render_policy
 
 TAXONOMY = load_taxonomy()
 [RESERVED] = [node for node in TAXONOMY.nodes if node.reserved]
@@ -70,9 +71,14 @@ def judges(server: Server, *names: str, **how) -> Vote:
     return Vote(tuple(f"{name}@{server.url}" for name in names), **{"limits": QUICKLY, **how})
 
 
+async def poll(rows: Iterable[Example], config: Vote, taxonomy: Taxonomy, replies: Path, allow_remote: bool = False) -> Votes:
+    async with open_endpoints(config.judges, config.limits, replies, allow_remote) as opened:
+        return await vote(rows, config, taxonomy, opened)
+
+
 def voted(server: Server, answers: Answers, rows: Iterable[Example], config: Vote, replies: Path, **how) -> Votes:
     server.answer = lambda body: answers(body["model"], number(body))
-    return asyncio.run(vote(rows, config, TAXONOMY, replies, **how))
+    return asyncio.run(poll(rows, config, TAXONOMY, replies, **how))
 
 
 # --- what is asked and decided -------------------------------------------------------------------------------------------------------
@@ -102,7 +108,7 @@ def test_what_the_majority_says(server, tmp_path):
     decided = {name: votes.rows["vaults", f"row-{n}"].decided[:3] for n, name in enumerate(CASES)}
     assert decided == dict(zip(CASES, expected, strict=True))
     assert votes.rows["vaults", "row-3"].ballots[1] == Ballot(problem="unparsed")
-    unanimous = asyncio.run(vote(rows, judges(server, "brass", "copper", "tin", quorum=1.0), TAXONOMY, tmp_path))
+    unanimous = asyncio.run(poll(rows, judges(server, "brass", "copper", "tin", quorum=1.0), TAXONOMY, tmp_path))
     assert [key for key, voted in unanimous.rows.items() if voted.decided.category != "unknown"] == [("vaults", "row-2")]
     assert len(server.calls) == 3 * len(rows) and unanimous.calls == {judge: {"cached": len(rows)} for judge in votes.judges}
 
@@ -302,7 +308,7 @@ from pathlib import Path
 from test_vote import *
 
 config = Vote(tuple(f"{{name}}@{{sys.argv[1]}}" for name in NAMES), limits=Limits(concurrency={IN_FLIGHT}))
-asyncio.run(vote(ROWS, config, TAXONOMY, Path(sys.argv[2])))
+asyncio.run(poll(ROWS, config, TAXONOMY, Path(sys.argv[2])))
 """
 
 
@@ -346,7 +352,7 @@ def test_a_model_in_this_process(server, tmp_path):
         mock.patch("pgjax.train.saved.make_mesh", one_device),
         mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK)),
     ):
-        votes = asyncio.run(vote(rows, config, policy, tmp_path / "replies"))
+        votes = asyncio.run(poll(rows, config, policy, tmp_path / "replies"))
     assert [voted.ballots[0].problem for voted in votes.rows.values()] == ["unparsed", "refused"] and votes.judges[0] == str(run)
 
 

@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
-from pgjax.commands.start import no_more
+from pgjax.commands.start import no_more, start_jax
 
 
 def data(args: argparse.Namespace, rest: list[str]) -> None:
@@ -17,16 +18,16 @@ def build(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.recipes import load_config, override
 
     config = validate(override(load_config(args.config, Dataset), rest))
-    from pgjax.commands.start import start_jax
-
     start_jax(0)
     from pgjax.data.card import tables
     from pgjax.data.make import build
     from pgjax.pages.tables import plain
+    from pgjax.serving.endpoints import open_endpoints
 
-    card = build(config, args.allow_remote, lambda card: print(plain([], tables(card)), flush=True))
-    rows = {split: sum(source["chosen"].get(split, 0) for source in card["sources"].values()) for split in ("train", "eval")}
-    print(f"dataset: {config.folder}: {rows['train']} rows to train on, {rows['eval']} held out; card.md says of what")
+    replies = config.folder.with_name(f"{config.folder.name}-replies")
+    judges = partial(open_endpoints, config.vote.judges, config.vote.limits, replies, args.allow_remote) if config.vote else None
+    build(config, judges, lambda card: print(plain([], tables(card)), flush=True))
+    print(f"dataset: {config.folder}; its card.md says of what")
 
 
 def stats(args: argparse.Namespace, rest: list[str]) -> None:

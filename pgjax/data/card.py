@@ -8,7 +8,7 @@ from typing import Any
 from pgjax import __version__
 from pgjax.data.balance import Plan, wanted_of
 from pgjax.data.dataset import Dataset
-from pgjax.data.sources.registry import SOURCES
+from pgjax.data.sources.registry import Source
 from pgjax.data.vote import Votes, report
 from pgjax.endpoint import command_line
 from pgjax.pages.tables import Table, markdown
@@ -26,19 +26,19 @@ class Counts:
     chosen: Counter[str] = dataclasses.field(default_factory=Counter)  # by split
 
 
-def new_card(config: Dataset, plan: Plan, counts: Mapping[str, Counts], leaked: Mapping[str, int], votes: Votes) -> dict[str, Any]:
+def new_card(
+    config: Dataset, sources: Mapping[str, Source], counts: Mapping[str, Counts], plan: Plan, leaked: Mapping[str, int], votes: Votes
+) -> dict[str, Any]:
     """All but what is known when the rows are written."""
     kinds = [cell._asdict() | {"available": n, "taken": plan.taken[cell]} for cell, n in sorted(plan.available.items())]
     targets = []
     for target in config.targets:
-        of = {label: [k for k in kinds if (k["split"], k["modality"], k["unsafe"]) == (target.split, target.modality, label)] for label in LABEL}
-        supply = {label: sum(kind["available"] for kind in those) for label, those in of.items()}
-        for label, wanted in wanted_of(target, supply).items():
-            taken = sum(kind["taken"] for kind in of[label])
-            numbers = {"wanted": wanted, "available": supply[label], "taken": taken, "short": wanted - taken}
-            targets.append({"split": target.split, "modality": target.modality, "unsafe": label} | numbers)
-    where = {name: {"origin": source.origin, "licence": source.licence} for name, source in SOURCES.items()}
-    own = {"origin": "a file of its own", "licence": "its owner's to say"}
+        mine = [kind for kind in kinds if (kind["split"], kind["modality"]) == (target.split, target.modality)]
+        total = lambda label, key, mine=mine: sum(kind[key] for kind in mine if kind["unsafe"] == label)  # noqa: E731
+        for label, wanted in wanted_of(target, {label: total(label, "available") for label in LABEL}).items():
+            numbers = {"wanted": wanted, "available": total(label, "available"), "taken": total(label, "taken")}
+            short = {"short": wanted - numbers["taken"]}
+            targets.append({"split": target.split, "modality": target.modality, "unsafe": label} | numbers | short)
     return {
         "name": config.name,
         "pgjax": __version__,
@@ -46,7 +46,10 @@ def new_card(config: Dataset, plan: Plan, counts: Mapping[str, Counts], leaked: 
         "config": dataclasses.asdict(config),
         "targets": targets,
         "kinds": kinds,
-        "sources": {name: where.get(name, own) | dataclasses.asdict(one) for name, one in counts.items()},
+        "sources": {
+            name: {"origin": source.origin, "licence": source.licence} | dataclasses.asdict(counts[name])
+            for name, source in sources.items()
+        },
         "leaked": {name: leaked.get(name, 0) for name in config.benchmarks},
         "votes": report(votes),
     }
@@ -71,13 +74,13 @@ def tables(card: Mapping[str, Any]) -> list[Table]:
     ]
     leaked = [(name, str(rows)) for name, rows in card["leaked"].items()]
     every = [
-        Table("", "Targets", ("rows", "wanted", "available", "taken", "short"), targets, "A row is unsafe where its request or its response is."),
-        Table("", "Kinds", ("rows", "available", "taken"), kinds, ""),
-        Table("", "Sources", ("source", "rows", "broken", "left out", "chosen", "licence", "origin"), sources, ""),
-        Table("", "Training rows that benchmarks hold, left out", ("benchmark", "rows"), leaked, "A row may be in several."),
-        Table("", "Votes", ("source and field", "rows", "decided", "agreement", "kappa"), votes, "Agreement is that of pairs of judges; Fleiss' kappa."),
+        ("Targets", ("rows", "wanted", "available", "taken", "short"), targets, "Unsafe is a row whose request or response is."),
+        ("Kinds", ("rows", "available", "taken"), kinds, ""),
+        ("Sources", ("source", "rows", "broken", "left out", "chosen", "licence", "origin"), sources, ""),
+        ("Training rows that benchmarks hold, left out", ("benchmark", "rows"), leaked, "A row may be in several."),
+        ("Votes", ("source and field", "rows", "decided", "agreement", "kappa"), votes, "Of pairs of judges; Fleiss' kappa."),
     ]
-    return [table for table in every if table.rows]
+    return [Table("", *table) for table in every if table[2]]
 
 
 def markdown_card(card: Mapping[str, Any]) -> str:

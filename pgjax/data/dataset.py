@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from pgjax.data.schema import MODALITIES, Modality
-
-Vote = object
+from pgjax.data.sources.benchmarks import BENCHMARKS
+from pgjax.data.vote import Vote
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Target:
 @dataclass(frozen=True)
 class Dataset:
     name: str = "dataset"
-    sources: tuple[str, ...] = ()  # names of sets (data/sources/registry.py), or files of rows of your own, *.jsonl
+    sources: tuple[str, ...] = ()  # names of sets (data/sources/registry.py), or files of rows of your own below the root, *.jsonl
     at_most: tuple[tuple[str, int], ...] = ()  # (source, rows): of those that would be chosen, no more are taken
     targets: tuple[Target, ...] = ()
     root: str | None = None  # where the sets lie; default $PGJAX_DATA
@@ -38,27 +38,25 @@ class Dataset:
         return Path(self.out) if self.out else Path("runs") / "data" / self.name
 
 
-def validate(config: Dataset, known: tuple[str, ...], benchmarks: tuple[str, ...]) -> Dataset:
-    """Returns the config unchanged, or raises ValueError naming every value that cannot be. `known` sources."""
-    unknown = [source for source in config.sources if source not in known and not source.endswith(".jsonl")]
+def validate(config: Dataset) -> Dataset:
+    """Returns the config unchanged, or raises ValueError naming every value that cannot be. Names of sources are looked at by the build."""
+    unknown = [name for name in config.benchmarks if name not in BENCHMARKS]
     limited = [source for source, _ in config.at_most]
     kinds = [(target.split, target.modality) for target in config.targets]
-    shares = [config.near, config.max_rejected, *(t.unsafe for t in config.targets if t.unsafe is not None)]
+    shares = [config.max_rejected, *(t.unsafe for t in config.targets if t.unsafe is not None)]
+    counts = [target.rows for target in config.targets] + [rows for _, rows in config.at_most]
     checks = {
-        f"sources must name at least one of {', '.join(known)} or a .jsonl file": bool(config.sources),
-        f"sources has {', '.join(unknown)}, which is none of {', '.join(known)} and no .jsonl file": not unknown,
-        "sources names one twice": len(set(config.sources)) == len(config.sources),
+        "sources must name at least one set, or a .jsonl file": bool(config.sources),
+        f"sources names {', '.join(config.sources)}: one of them twice": len(set(config.sources)) == len(config.sources),
         f"at_most limits {', '.join(limited)}: each once, and a source": set(limited) <= set(config.sources)
         and len(set(limited)) == len(limited),
-        f"benchmarks are {', '.join(config.benchmarks)}; there are {', '.join(benchmarks)}": set(config.benchmarks) <= set(benchmarks),
-        "targets must say how many rows of train are wanted, of a modality at least": any(t.split == "train" for t in config.targets),
+        f"benchmarks names {', '.join(unknown)}, which is none of {', '.join(BENCHMARKS)}": not unknown,
+        "targets must say how many rows of train are wanted, of a modality at least": any(split == "train" for split, _ in kinds),
         "targets has a modality of a split twice": len(set(kinds)) == len(kinds),
         f"targets must be of {', '.join(MODALITIES)}": {modality for _, modality in kinds} <= set(MODALITIES),
-        "targets and at_most must want at least one row each": min(
-            [t.rows for t in config.targets] + [n for _, n in config.at_most], default=1
-        )
-        >= 1,
-        f"near, max_rejected and a target's unsafe must be in 0 to 1": all(0 <= s <= 1 for s in shares),
+        "targets and at_most must be of a row at least": min(counts, default=1) >= 1,
+        "max_rejected and a target's unsafe must be in 0 to 1": all(0 <= share <= 1 for share in shares),
+        f"near {config.near} must be above 0, at most 1": 0 < config.near <= 1,
         f"name {config.name!r} must be one plain word; set out for another folder": Path(config.name).name == config.name,
     }
     if problems := [problem for problem, good in checks.items() if not good]:

@@ -10,7 +10,8 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from pgjax.data.balance import Entry, Plan, balance
@@ -22,9 +23,10 @@ from pgjax.data.pool import Writer
 from pgjax.data.schema import Example
 from pgjax.data.sources.benchmarks import read_benchmark
 from pgjax.data.sources.files import data_root, order_of
-from pgjax.data.sources.registry import SOURCES, read_source
+from pgjax.data.sources.registry import find_source
 from pgjax.data.stats import category_of, unsafe
-from pgjax.data.vote import Votes, label, lines, vote
+from pgjax.data.vote import Vote, Votes, label, lines, vote
+from pgjax.endpoint import Endpoint
 from pgjax.files import check_out, new_folder
 from pgjax.taxonomy import load_taxonomy
 from pgjax.train.progress import Progress
@@ -33,9 +35,12 @@ SOME = 20  # so many broken rows of a source end no build, whatever their share
 REJECTED = "rejected.jsonl"
 
 
-def build(config: Dataset, allow_remote: bool, show: Callable[[dict], None]) -> dict:
-    """Makes `config.folder` and returns its card, which `show` is given before the rows are written. ValueError for what cannot be read or
-    opened, for a source with too many broken rows, and where nothing is left."""
+Judges = Callable[[], AbstractAsyncContextManager[Sequence[Endpoint]]]
+
+
+def build(config: Dataset, judges: Judges | None, show: Callable[[dict], None]) -> dict:
+    """Makes `config.folder` and returns its card, which `show` is given before the rows are written. `judges` opens those of
+    `config.vote`. ValueError for what cannot be read or opened, for a source with too many broken rows, and where nothing is left."""
     folder, began = config.folder, time.monotonic()
     check_out(folder)
     if folder.exists():
@@ -44,10 +49,10 @@ def build(config: Dataset, allow_remote: bool, show: Callable[[dict], None]) -> 
         work = _Work(config, aside)
         work.read()
         work.clean()
-        if config.vote:
-            asyncio.run(work.annotate(folder.with_name(f"{folder.name}-replies"), allow_remote))
+        if config.vote and judges:
+            asyncio.run(work.annotate(config.vote, judges))
         plan = work.choose()
-        card = new_card(config, plan, work.counts, work.leaked, work.votes)
+        card = new_card(config, work.found, work.counts, plan, work.leaked, work.votes)
         show(card)
         card |= {"hash": work.write(plan), "seconds": round(time.monotonic() - began, 1)}
         (aside / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
@@ -57,10 +62,9 @@ def build(config: Dataset, allow_remote: bool, show: Callable[[dict], None]) -> 
 
 class _Work:
     def __init__(self, config: Dataset, folder: Path):
-        self.config, self.folder, self.taxonomy = config, folder, load_taxonomy()
-        sets = config.benchmarks or any(source in SOURCES for source in config.sources)
-        self.root = data_root(config.root) if sets else Path()
-        self.counts = {source: Counts() for source in config.sources}
+        self.config, self.folder, self.taxonomy, self.root = config, folder, load_taxonomy(), data_root(config.root)
+        self.found = {name: find_source(name, self.root) for name in config.sources}
+        self.counts = {name: Counts() for name in config.sources}
         self.sources: dict[int, str] = {}  # of the rows in the pool that may be chosen, by their number there
         self.records: list[Record] = []  # of all rows in the pool
         self.leaked, self.votes = Counter[str](), Votes((), {}, {})
@@ -69,9 +73,10 @@ class _Work:
         """Every row of every source, into the pool. ValueError where too many of a source's are broken."""
         pool = Writer(self.folder / "pool")
         with open(self.folder / REJECTED, "w", encoding="utf-8") as rejected:
-            for source, counts in self.counts.items():
+            for source, found in self.found.items():
+                counts = self.counts[source]
                 with Progress(f"read {source}", 0) as progress:
-                    for row in read_source(source, self.root, self.taxonomy):
+                    for row in found.read(self.root, self.taxonomy):
                         counts.rows += 1
                         progress.update(counts.rows)
                         if isinstance(row, Example):
@@ -92,7 +97,9 @@ class _Work:
             kept = self.config.folder.with_name(f"{self.config.folder.name}-{REJECTED}")
             shutil.copy(self.folder / REJECTED, kept)
             kinds = ", ".join(f"{kind} ({n})" for kind, n in counts.rejected.most_common())
-            raise ValueError(f"source {source}: {broken} of {counts.rows} rows are broken: {kinds}; {kept} lists them; --max-rejected allows")
+            raise ValueError(
+                f"source {source}: {broken} of {counts.rows} rows are broken: {kinds}; {kept} lists them; --max-rejected allows"
+            )
 
     def clean(self) -> None:
         """Takes out duplicates, and training rows that benchmarks hold."""
@@ -106,9 +113,16 @@ class _Work:
     def _leave_out(self, number: int, reason: str) -> None:
         self.counts[self.sources.pop(number)].left_out[reason] += 1
 
-    async def annotate(self, replies: Path, allow_remote: bool) -> None:
-        rows = (self.pool[number] for number in sorted(self.sources))
-        self.votes = await vote(rows, self.config.vote, self.taxonomy, replies, allow_remote)
+    async def annotate(self, config: Vote, judges: Judges) -> None:
+        with Progress("vote", len(self.sources)) as progress:
+
+            def rows() -> Iterator[Example]:
+                for done, number in enumerate(sorted(self.sources)):
+                    progress.update(done)
+                    yield self.pool[number]
+
+            async with judges() as opened:
+                self.votes = await vote(rows(), config, self.taxonomy, opened)
         with open(self.folder / "votes.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines(self.votes))
 

@@ -1,9 +1,8 @@
 """What a built dataset holds: counts by kind, lengths, picture sizes; and one row as a model is shown it."""
 
 import io
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from pgjax.pages.page import facts, table_of, whole_page
 from pgjax.pages.samples import content_row, labels, thumbnail
 from pgjax.pages.tables import Table
 from pgjax.taxonomy import Taxonomy, full_view, level_of, load_taxonomy, render_policy
-from pgjax.train.run_folder import read_config
 from pgjax.tokenizer import load_tokenizer
+from pgjax.train.run_folder import read_config
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
 

@@ -6,10 +6,8 @@ was killed, or in which calls failed, is run again and asks only what has no ans
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgjax import automaton as answers
@@ -18,7 +16,6 @@ from pgjax.conversation import load_prompts, messages
 from pgjax.data.schema import LABELS, MODALITIES, Example, Modality
 from pgjax.endpoint import Endpoint, Failed, Limits, system, user
 from pgjax.flow import some_at_a_time
-from pgjax.serving.endpoints import open_endpoint
 from pgjax.taxonomy import Taxonomy, full_view, level_of, render_policy
 
 GIVE_UP = 50  # asks in a row that a judge failed: no more are made
@@ -67,18 +64,16 @@ class Votes:
     calls: dict[str, Counter[str]] = field(default_factory=dict)  # by judge: as in endpoint.Endpoint
 
 
-async def vote(rows: Iterable[Example], config: Vote, taxonomy: Taxonomy, replies: Path, allow_remote: bool = False) -> Votes:
-    """Takes the rows one by one, a few ahead of the answers, in a thread. Rows about a `reserved` node are not sent to anybody; those
-    whose category is withheld no reader gives.
+async def vote(rows: Iterable[Example], config: Vote, taxonomy: Taxonomy, judges: Sequence[Endpoint]) -> Votes:
+    """`judges` are those that `config` names. Takes the rows one by one, a few ahead of the answers, in a thread. Rows about a `reserved`
+    node are not sent to anybody; those whose category is withheld no reader gives.
 
-    A call that fails after all tries is no vote. ValueError, in one line: a judge that cannot be opened, one on another machine without
-    `allow_remote` (before anything is sent), one that answers nobody (a wrong key or name, or GIVE_UP failures in a row)."""
-    async with AsyncExitStack() as stack:
-        opened = [await stack.enter_async_context(open_endpoint(spec, config.limits, replies, allow_remote)) for spec in config.judges]
-        poll = _Poll(config, taxonomy, opened)
-        await some_at_a_time(poll.asks(rows), 2 * config.limits.concurrency * len(opened))
-    polled = {key: Voted(tuple(ballots), decide(ballots, config.quorum), right) for key, (ballots, right) in poll.rows.items()}
-    return Votes(tuple(judge.name for judge in opened), polled, poll.left_out, {judge.name: judge.counts for judge in opened})
+    A call that fails after all tries is no vote. ValueError, in one line: a judge that answers nobody (a wrong key or name, or GIVE_UP
+    failures in a row)."""
+    poll = _Poll(config, taxonomy, judges)
+    await some_at_a_time(poll.asks(rows), 2 * config.limits.concurrency * len(judges))
+    polled = {key: Voted(tuple(ballots), decide(ballots, config.quorum), gold) for key, (ballots, gold) in poll.rows.items()}
+    return Votes(tuple(judge.name for judge in judges), polled, poll.left_out, {judge.name: judge.counts for judge in judges})
 
 
 class _Poll:
