@@ -4,10 +4,9 @@ Pictures are stored as the original file bytes (TFDS keeps those of a BytesIO as
 is a sequence of at most one entry, because TFDS knows no None.
 """
 
-import contextlib
 import io
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,40 +16,28 @@ from pgjax.data.schema import Example
 from pgjax.files import new_folder
 
 OPTIONAL = ("request", "response", "node", "name")
+VERSION = tfds.core.Version("1.0.0")
+SHARD = 10_000  # rows of a file
+BATCH = 256  # rows written at a time
 PLAIN = tuple(f.name for f in fields(Example) if f.name not in (*OPTIONAL, "images", "accepted", "turns"))
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    name = "pgjax"
-    VERSION = tfds.core.Version("1.0.0")
+def _features() -> tfds.features.FeaturesDict:
+    text, many = tfds.features.Text(), tfds.features.Sequence
+    return tfds.features.FeaturesDict(
+        {name: text for name in PLAIN}
+        | {name: many(text) for name in (*OPTIONAL, "accepted")}
+        | {"images": many(tfds.features.Image()), "turns": many({"role": text, "text": text})}
+    )
 
-    def __init__(self, splits: Mapping[str, Iterable[Example]], **options):
-        self._splits = splits
-        super().__init__(**options)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        text, many = tfds.features.Text(), tfds.features.Sequence
-        return tfds.core.DatasetInfo(
-            builder=self,
-            disable_shuffling=True,  # rows keep their order; the pipeline shuffles
-            features=tfds.features.FeaturesDict(
-                {name: text for name in PLAIN}
-                | {name: many(text) for name in (*OPTIONAL, "accepted")}
-                | {"images": many(tfds.features.Image()), "turns": many({"role": text, "text": text})}
-            ),
-        )
-
-    def _split_generators(self, _) -> dict[str, Iterator]:
-        return {split: self._generate_examples(rows) for split, rows in sorted(self._splits.items())}
-
-    def _generate_examples(self, rows: Iterable[Example]) -> Iterator[tuple[int, dict]]:
-        for number, row in enumerate(rows):
-            record: dict = {name: getattr(row, name) for name in PLAIN}
-            record |= {name: [] if getattr(row, name) is None else [getattr(row, name)] for name in OPTIONAL}
-            record["accepted"] = list(row.accepted)
-            record["images"] = [io.BytesIO(data) for data in row.images]
-            record["turns"] = [{"role": role, "text": text} for role, text in row.turns]
-            yield number, record
+def _record(row: Example) -> dict:
+    record: dict = {name: getattr(row, name) for name in PLAIN}
+    record |= {name: [] if getattr(row, name) is None else [getattr(row, name)] for name in OPTIONAL}
+    record["accepted"] = list(row.accepted)
+    record["images"] = [io.BytesIO(data) for data in row.images]
+    record["turns"] = [{"role": role, "text": text} for role, text in row.turns]
+    return record
 
 
 def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
@@ -64,19 +51,26 @@ def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
     if not examples:
         raise ValueError(f"no examples to write to {out}")
     with new_folder(out) as aside:
-        write_splits({split: [row for row in examples if row.split == split] for split in {row.split for row in examples}}, aside)
+        write_rows(examples, aside)
     return out
 
 
-def write_splits(splits: Mapping[str, Iterable[Example]], folder: Path) -> None:
-    """A dataset into a folder that is there. Each split is gone through once."""
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
-        builder = _Builder(splits, data_dir=folder / "build", file_format="array_record")
-        builder.download_and_prepare()
-    for file in Path(builder.data_path).iterdir():
-        file.rename(folder / file.name)
-    shutil.rmtree(folder / "build")
+def write_rows(examples: Iterable[Example], folder: Path) -> None:
+    """The same into a folder that is there, of rows that come one by one: memory holds BATCH of them.
+
+    A TFDS builder would first gather a split, in memory and from 1 GB on in files that it needs TensorFlow for.
+    """
+    identity = tfds.core.DatasetIdentity(name="pgjax", version=VERSION, data_dir=str(folder), module_name=__name__)
+    info = tfds.core.DatasetInfo(builder=identity, features=_features(), disable_shuffling=True)  # the pipeline shuffles
+    writer = tfds.core.SequentialWriter(info, SHARD, file_format="array_record")
+    rows = iter(examples)
+    while batch := list(itertools.islice(rows, BATCH)):
+        by_split: dict[str, list[dict]] = {}
+        for row in batch:
+            by_split.setdefault(row.split, []).append(_record(row))
+        writer.initialize_splits(sorted(by_split), fail_if_exists=False)
+        writer.add_examples(by_split)
+    writer.close_all()
 
 
 class _FileBytes(tfds.decode.SkipDecoding):

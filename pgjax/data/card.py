@@ -46,10 +46,7 @@ def new_card(
         "config": dataclasses.asdict(config),
         "targets": targets,
         "kinds": kinds,
-        "sources": {
-            name: {"origin": source.origin, "licence": source.licence} | dataclasses.asdict(counts[name])
-            for name, source in sources.items()
-        },
+        "sources": {name: {"origin": source.origin, "licence": source.licence} | vars(counts[name]) for name, source in sources.items()},
         "leaked": {name: leaked.get(name, 0) for name in config.benchmarks},
         "votes": report(votes),
     }
@@ -63,8 +60,7 @@ def tables(card: Mapping[str, Any]) -> list[Table]:
     targets = [(f"{t['split']} {t['modality']} {label(t)}", *numbers(t, "wanted", "available", "taken", "short")) for t in card["targets"]]
     kinds = [(f"{k['split']} {k['modality']} {label(k)} {k['category']}", *numbers(k, "available", "taken")) for k in card["kinds"]]
     sources = [
-        (name, str(s["rows"]), listed(s["rejected"]), listed(s["left_out"]), listed(s["chosen"]), s["licence"], s["origin"])
-        for name, s in card["sources"].items()
+        (name, str(s["rows"]), listed(s["rejected"]), listed(s["left_out"]), listed(s["chosen"])) for name, s in card["sources"].items()
     ]
     share = lambda x: "-" if x is None else f"{x:.3f}"  # noqa: E731
     votes = [
@@ -76,7 +72,7 @@ def tables(card: Mapping[str, Any]) -> list[Table]:
     every = [
         ("Targets", ("rows", "wanted", "available", "taken", "short"), targets, "Unsafe is a row whose request or response is."),
         ("Kinds", ("rows", "available", "taken"), kinds, ""),
-        ("Sources", ("source", "rows", "broken", "left out", "chosen", "licence", "origin"), sources, ""),
+        ("Sources", ("source", "rows", "broken", "left out", "chosen"), sources, ""),
         ("Training rows that benchmarks hold, left out", ("benchmark", "rows"), leaked, "A row may be in several."),
         ("Votes", ("source and field", "rows", "decided", "agreement", "kappa"), votes, "Of pairs of judges; Fleiss' kappa."),
     ]
@@ -85,4 +81,6 @@ def tables(card: Mapping[str, Any]) -> list[Table]:
 
 def markdown_card(card: Mapping[str, Any]) -> str:
     facts = [f"{name}: {card[name]}" for name in ("command", "pgjax", "hash", "seconds")]
-    return f"# {card['name']}\n\n{markdown(facts, tables(card))}"
+    origins = [(name, source["licence"], source["origin"]) for name, source in card["sources"].items()]
+    where = Table("", "Where the sources are from", ("source", "licence", "origin"), origins, "")
+    return f"# {card['name']}\n\n{markdown(facts, [*tables(card), where])}"

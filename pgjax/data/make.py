@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from pgjax.data.balance import Entry, Plan, balance
-from pgjax.data.build import write_splits
+from pgjax.data.build import write_rows
 from pgjax.data.card import Counts, markdown_card, new_card
 from pgjax.data.dataset import Dataset
 from pgjax.data.duplicates import Record, clean, record
@@ -151,17 +151,13 @@ class _Work:
 
     def write(self, plan: Plan) -> str:
         """The chosen rows; their hash, which does not depend on their order."""
-        splits = sorted({entry.split for entry in plan.chosen})
         with Progress("write", len(plan.chosen)) as progress:
-            done = Counter[str]()
 
-            def rows(split: str):
-                for entry in plan.chosen:
-                    if entry.split == split:
-                        done["rows"] += 1
-                        progress.update(done["rows"])
-                        yield self.row(entry.number)
+            def rows() -> Iterator[Example]:
+                for done, entry in enumerate(plan.chosen, 1):
+                    yield self.row(entry.number)
+                    progress.update(done)
 
-            write_splits({split: rows(split) for split in splits}, self.folder)
+            write_rows(rows(), self.folder)
         (self.folder / "pool").unlink()
         return hashlib.sha256(b"".join(sorted(self.records[entry.number].key for entry in plan.chosen))).hexdigest()
