@@ -196,6 +196,12 @@ def test_rows_come_one_by_one(tmp_path, monkeypatch):
     assert list(items)[-1] == "no picture"
 
 
+def test_a_picture_that_cannot_be_decoded_is_a_reason_like_others(tmp_path):
+    put_vlsbench(tmp_path)
+    put(tmp_path / "vlsbench/imgs/4.png", VAULT[:-40])
+    assert list(read_items("vlsbench", tmp_path, TAXONOMY)) == ["unreadable picture", "no picture"]
+
+
 # --- bad input ---------------------------------------------------------------------------------------------------------------------
 
 

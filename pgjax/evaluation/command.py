@@ -112,7 +112,8 @@ def read_set(guard: Guard, folder: Path, name: str, args: argparse.Namespace) ->
     if name == HELD_OUT:
         if not (folder / "data").is_dir():
             raise ValueError(f"benchmark {HELD_OUT}: {folder} has no data/; only a run folder brings held-out rows")
-        read, lines = Read(list(read_dataset(folder / "data", "eval")), Counter()), ("request", "response")
+        lines: tuple[str, ...] = ("request", "response")
+        read = Read(list(read_dataset(folder / "data", "eval")), Counter())
     else:
         root = data_root(args.data) if name in BENCHMARKS and SOURCES[name].where else Path()
         read = read_benchmark(name, root, guard.taxonomy)

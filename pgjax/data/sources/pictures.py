@@ -46,8 +46,8 @@ def drawn(root: Path, taxonomy: Taxonomy) -> Rows:
     """
     labels = LabelMap("figstep", taxonomy)
 
-    def draw(id: str, group: str, title: str, label: Label, about: dict | None = None) -> Example:
-        known: dict = {"request": typography.REQUEST, "image": typography.render(title), "request_label": label, "about": about}
+    def draw(id: str, group: str, title: str, label: Label, about: dict[str, Any] | None = None) -> Example:
+        known: dict[str, Any] = {"request": typography.REQUEST, "image": typography.render(title), "request_label": label, "about": about}
         return example("typography", f"typography-{id}", group, **known)
 
     def read(row: Row) -> Iterator[Example]:
@@ -72,7 +72,7 @@ def mossbench(root: Path, taxonomy: Taxonomy) -> Rows:
         pid = str(entry.values.get("pid"))
         # The published name is a PNG; copies re-encoded as JPEG lie beside it.
         image = picture(root / "mossbench" / folder, entry.text("image"), f"images_640jpg/{pid}.jpg")
-        known = {"request": entry.text("question"), "image": image, "request_label": parts[folder]}
+        known: dict[str, Any] = {"request": entry.text("question"), "image": image, "request_label": parts[folder]}
         yield example("mossbench", f"mossbench-{folder}-{pid}", f"mossbench-{pid}", **known)
 
     for folder in parts:
@@ -144,7 +144,7 @@ def _llavaguard(root: Path, taxonomy: Taxonomy, source: str, part: str, split: s
         if re.search(r"_v\d", id):
             raise NotUsed("other policy")
         label, about = row.label("rating", "Safe", "Unsafe"), labels.about([row.text("category").partition(":")[0].strip()])
-        known = {"image": picture(root / "llavaguard", name), "request_label": label, "about": about, "split": split}
+        known: dict[str, Any] = {"image": picture(root / "llavaguard", name), "request_label": label, "about": about, "split": split}
         yield example(source, f"{source}-{id}", f"llavaguard-{name}", **known)
 
     return each(read_rows(root, "llavaguard/*.json"), read)
@@ -163,7 +163,7 @@ def harmbench_multimodal(root: Path, taxonomy: Taxonomy) -> Rows:
     def read(row: Row) -> Iterator[Example]:
         name, about = row.text("ImageFileName"), labels.about([row.text("SemanticCategory")])
         places = f"multimodal_behavior_images/{name}", f"multimodal_behavior_images_768jpg/{name.rpartition('.')[0]}.jpg"
-        known = {"request": row.text("Behavior"), "image": picture(folder, *places), "about": about}
+        known: dict[str, Any] = {"request": row.text("Behavior"), "image": picture(folder, *places), "about": about}
         id = f"harmbench_multimodal-{row.text('BehaviorID')}"
         yield example("harmbench_multimodal", id, id, request_label="unsafe", split="eval", **known)
 
@@ -192,7 +192,10 @@ def msts_response(root: Path, taxonomy: Taxonomy) -> Rows:
     def read(row: Row) -> Iterator[Example]:
         if not (prompt := prompts.get((row.text("case_id"), row.text("prompt_text")))):
             raise NotUsed("no prompt of this case")
-        known = {"response": row.text("response"), "response_label": row.label("final_label", "1 - safe", "2 - unsafe", "unknown")}
+        known: dict[str, Any] = {
+            "response": row.text("response"),
+            "response_label": row.label("final_label", "1 - safe", "2 - unsafe", "unknown"),
+        }
         yield _msts(root, labels, prompt, "msts_response", f"{row.serial:05d}", **known)
 
     columns = ("case_id", "prompt_text", "response", "final_label")

@@ -10,7 +10,7 @@ from pgjax.data.schema import Example, Label
 from pgjax.data.sources.examples import example
 from pgjax.data.sources.files import LABEL, NO_PICTURE, VALUE, WITHHELD, NotUsed, Rows, Unusable, each, image_group, picture, text_group
 from pgjax.data.sources.tables import Row, read_rows
-from pgjax.taxonomy import Taxonomy
+from pgjax.taxonomy import Category, Taxonomy
 
 COLUMNS = ("modality", "message", "query_label", "response_label", "category", "original_category")
 _MODALITIES = {"text": "text", "image": "image", "text-image": "text_image", "text_image": "text_image"}
@@ -27,6 +27,8 @@ def proguard_data(root: Path, taxonomy: Taxonomy) -> Rows:
     as parts of a message's content. A picture alone has no request, whatever text stands beside it.
     """
 
+    nodes = {name: node for node in taxonomy.nodes for name in (node.id.casefold(), node.name.casefold())}
+
     def read(row: Row) -> Iterator[Example]:
         modality = _MODALITIES.get(row.text("modality"))
         if modality is None:
@@ -35,17 +37,16 @@ def proguard_data(root: Path, taxonomy: Taxonomy) -> Rows:
         asked = max((n for n, (role, _) in enumerate(turns) if role == "user"), default=None)
         if modality != "image" and (asked is None or len(turns) > asked + 2):
             raise Unusable(VALUE, "needs in `message` what a user said, and at most one answer behind it")
-        image = (
-            None if modality == "text" else _picture(root / "proguard_data", [*_listed(row, "image"), *_listed(row, "images"), *pictures])
-        )
-        id, about, request_label = f"proguard_data-{row.serial:05d}", _about(row, taxonomy), row.label("query_label", *_LABELS)
+        pictures = [*_listed(row, "image"), *_listed(row, "images"), *pictures]
+        image = None if modality == "text" else _picture(root / "proguard_data", pictures)
+        id, about, request_label = f"proguard_data-{row.serial:05d}", _about(row, nodes), row.label("query_label", *_LABELS)
         if asked is None or modality == "image":
             group = image_group(image or b"")
             yield example("proguard_data", id, group, image=image, request_label=request_label, about=about)
             return
         request, response = turns[asked][1], turns[asked + 1][1] if asked + 1 < len(turns) else ""
         group = text_group(request) if image is None else image_group(image)
-        known = {"response_label": row.label("response_label", *_LABELS), "request_label": request_label, "about": about}
+        known: dict[str, Any] = {"response_label": row.label("response_label", *_LABELS), "request_label": request_label, "about": about}
         made = example("proguard_data", id, group, request=request, response=response, image=image, **known)
         yield replace(made, turns=tuple(turns[:asked]))
 
@@ -88,11 +89,10 @@ def _picture(folder: Path, found: list[Any]) -> bytes:
     raise NotUsed(NO_PICTURE)
 
 
-def _about(row: Row, taxonomy: Taxonomy) -> dict[str, Any]:
+def _about(row: Row, nodes: dict[str, Category]) -> dict[str, Any]:
     """What is known of the category. A name of the taxonomy beside no id is one that was hidden in the published prompts."""
     id, name = row.text("category").strip(), row.text("original_category").strip()
-    ids = {node.id: node for node in taxonomy.nodes} | {node.name.casefold(): node for node in taxonomy.nodes}
-    node = ids.get(id) or ids.get((id or name).casefold())
+    node = nodes.get((id or name).casefold())
     if node and node.reserved:
         raise NotUsed(WITHHELD)
     if node:

@@ -6,6 +6,7 @@ Where a set marks rows about child safety, they are left out.
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pgjax.data.schema import Example, Label
 from pgjax.data.sources.examples import example, text_example
@@ -46,7 +47,7 @@ def _aegis2(root: Path, taxonomy: Taxonomy, source: str, part: str, split: str |
         about = labels.about(name.strip() for name in row.text("violated_categories").split(",") if name.strip())
         if row.text("prompt").strip() == "REDACTED":
             raise NotUsed("redacted")
-        known = {"response": row.text("response"), "response_label": row.label("response_label", *_RATED), "about": about}
+        known: dict[str, Any] = {"response": row.text("response"), "response_label": row.label("response_label", *_RATED), "about": about}
         yield text_example(source, row, row.text("prompt"), row.label("prompt_label", *_RATED), split=split, **known)
 
     return each(read_rows(root, f"aegis2/{part}.json"), read)
@@ -71,7 +72,11 @@ def _wildguard(root: Path, taxonomy: Taxonomy, source: str, part: str, topic: tu
 
     def read(row: Row) -> Iterator[Example]:
         about = labels.about(row.text(column) for column in topic if row.values.get(column))
-        known = {"response": row.text("response"), "response_label": row.label("response_harm_label", *_HARM), "about": about}
+        known: dict[str, Any] = {
+            "response": row.text("response"),
+            "response_label": row.label("response_harm_label", *_HARM),
+            "about": about,
+        }
         yield text_example(source, row, row.text("prompt"), row.label("prompt_harm_label", *_HARM), split=split, **known)
 
     return each(read_rows(root, f"wildguard/wildguard_{part}.parquet", columns, topic), read)
@@ -87,7 +92,7 @@ def xstest_response(root: Path, taxonomy: Taxonomy) -> Rows:
     def read(row: Row) -> Iterator[Example]:
         known = "prompt_type" in row.values
         request = row.label("prompt_type", "prompt_safe", "prompt_harmful", "unknown") if known else "unknown"
-        answer = {"response": row.text("response"), "response_label": row.label("label", *_HARM)}
+        answer: dict[str, Any] = {"response": row.text("response"), "response_label": row.label("label", *_HARM)}
         yield text_example("xstest_response", row, row.text("prompt"), request, split="eval", **answer)
 
     path = "xstest_response/response_harmfulness*.parquet"
@@ -114,7 +119,7 @@ def _beavertails(root: Path, taxonomy: Taxonomy, source: str, part: str, split: 
 
     def read(row: Row) -> Iterator[Example]:
         [category] = row.objects("category")
-        known = {"response": row.text("response"), "response_label": row.label("is_safe", True, False)}
+        known: dict[str, Any] = {"response": row.text("response"), "response_label": row.label("is_safe", True, False)}
         about = labels.about(name for name, holds in category.values.items() if holds)
         yield text_example(source, row, row.text("prompt"), "unknown", about=about, split=split, **known)
 
@@ -141,7 +146,7 @@ def harmbench_answers(root: Path, taxonomy: Taxonomy) -> Rows:
 
     def read(row: Row) -> Iterator[Example]:
         behaviour = behaviours.get(key := row.text("key"))
-        votes = [row.values.get(f"human_{n}") for n in range(3)]
+        votes: list[Any] = [row.values.get(f"human_{n}") for n in range(3)]
         if any(vote not in (0, 1) for vote in votes):
             raise Unusable(LABEL, "has a vote in `human_0` to `human_2` that is neither 1 nor 0")
         yield example(
@@ -173,7 +178,7 @@ def med_safety_bench_train(root: Path, taxonomy: Taxonomy) -> Rows:
 
 def _med_safety_bench(root: Path, source: str, part: str, split: str | None) -> Rows:
     def read(row: Row) -> Iterator[Example]:
-        known = {"response": row.text("safe_response"), "response_label": "safe", "split": split}
+        known: dict[str, Any] = {"response": row.text("safe_response"), "response_label": "safe", "split": split}
         yield text_example(source, row, row.text("harmful_medical_request"), "unsafe", **known)
 
     return each(read_rows(root, f"med_safety_bench/{part}/*/*.csv", ("harmful_medical_request", "safe_response")), read)
@@ -193,7 +198,7 @@ def do_not_answer(root: Path, taxonomy: Taxonomy) -> Rows:
         models = [column.removesuffix("_harmful") for column in row.values if str(column).endswith("_harmful")]
         for model in models:
             label = row.label(f"{model}_harmful", "0", "1", "unknown")
-            known = {"response": row.text(f"{model}_response"), "response_label": label, "about": about}
+            known: dict[str, Any] = {"response": row.text(f"{model}_response"), "response_label": label, "about": about}
             answered = text_example("do_not_answer", row, row.text("question"), "unsafe", **known)
             yield replace(answered, id=f"{answered.id}-{model}")
         if not models:

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from pgjax.data.schema import Label
 from pgjax.data.sources.files import BROKEN_FILE, COLUMN, ENCODING, LABEL, NOT_JSON, VALUE, LeftOut, Unusable
@@ -55,7 +55,7 @@ class Row(NamedTuple):
     def objects(self, column: str) -> list["Row"]:
         """The objects of a list there, or the one object, as rows of this place."""
         value = self.values.get(column)
-        found = value if isinstance(value, list) else [value]
+        found: list[Any] = value if isinstance(value, list) else [value]
         if not found or not all(isinstance(entry, dict) for entry in found):
             raise Unusable(VALUE if column in self.values else COLUMN, f"needs a list of objects in `{column}`")
         return [self._replace(values=entry) for entry in found]
@@ -137,9 +137,10 @@ def by_key(rows: Iterable[Row | LeftOut], *columns: str) -> tuple[dict[Any, Row]
 Numbered = Iterator[tuple[int, dict[str, Any] | Unusable]]
 
 
-def open_file(path: Path) -> io.BufferedIOBase:
+def _open(path: Path) -> IO[bytes]:
     """Bytes, gzip and xz by suffix."""
-    return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb")  # type: ignore[return-value]
+    opened: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    return opened.get(path.suffix, open)(path, "rb")
 
 
 def _object(text: str | bytes) -> dict[str, Any] | Unusable:
@@ -156,7 +157,7 @@ def _object(text: str | bytes) -> dict[str, Any] | Unusable:
 
 def _json_lines(path: Path) -> Numbered:
     """Lines end at "\\n" alone: texts hold U+2028 and U+0085, where `splitlines` would cut them."""
-    with open_file(path) as file:
+    with _open(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
             if len(line) == LONGEST_LINE:
                 raise Unusable(BROKEN_FILE, f"has a line {number} longer than {LONGEST_LINE >> 20} MiB")
@@ -166,7 +167,7 @@ def _json_lines(path: Path) -> Numbered:
 
 def _json(path: Path) -> Numbered:
     """Objects, in one array or one a line: both are published under names that end in .json."""
-    with open_file(path) as file:
+    with _open(path) as file:
         if file.read(64).decode("utf-8-sig", "replace").lstrip().startswith("{"):
             yield from _json_lines(path)
             return
@@ -184,7 +185,7 @@ def _keyed(path: Path) -> Numbered:
 
 
 def _whole(path: Path) -> Any:
-    with open_file(path) as file:
+    with _open(path) as file:
         text = file.read().decode("utf-8-sig")
     try:
         return json.loads(text)
@@ -195,7 +196,7 @@ def _whole(path: Path) -> Any:
 
 
 def _csv(path: Path, columns: Iterable[str], names: Sequence[str]) -> Numbered:
-    with open_file(path) as file:
+    with _open(path) as file:
         reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), names or None)
         try:
             _check_columns(columns, reader.fieldnames or ())
