@@ -14,14 +14,12 @@ from pgjax.data.build import read_dataset, splits_of
 from pgjax.data.toy import draw
 
 CONFIG = Path(__file__).parent.parent / "configs" / "data"
-WORDS = (
-    "amber basin cedar delta ember fjord grove haven inlet jetty knoll lagoon meadow nook orchard pier quarry ridge shoal thicket".split()
-)
+WORDS = "amber basin cedar delta ember fjord grove haven inlet jetty knoll lagoon meadow nook orchard pier quarry ridge thicket".split()
 
 
 def request(n: int) -> str:
     """Texts that share few shingles."""
-    return f"May I {WORDS[n % 20]} the {WORDS[n // 20 % 20]} beside {WORDS[(7 * n + 3) % 20]} number {n} {WORDS[(3 * n + 1) % 20]}?"
+    return f"May I {WORDS[n % 19]} the {WORDS[n // 19 % 19]} beside {WORDS[(7 * n + 3) % 19]} number {n} {WORDS[(3 * n + 1) % 19]}?"
 
 
 def write_rows(path: Path, rows: list[dict | str]) -> None:

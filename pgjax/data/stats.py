@@ -14,6 +14,7 @@ from pgjax.conversation import load_prompts, messages
 from pgjax.data.build import read_dataset, splits_of
 from pgjax.data.images import FORMATS
 from pgjax.data.schema import Example
+from pgjax.pages.charts import text
 from pgjax.pages.page import facts, table_of, whole_page
 from pgjax.pages.samples import content_row, labels, thumbnail
 from pgjax.pages.tables import Table
@@ -127,5 +128,7 @@ def page(example: Example, shown: Shown, veil: bool) -> str:
     """One row: gold, pictures, prompt; with `veil` folded and blurred until clicked."""
     known = {name: ", ".join(value) if isinstance(value, tuple) else value for name, value in gold(example).items()}
     header = f"<h1>{labels([example.request_label, example.response_label])}</h1>{facts(known | {shown.unit: shown.length(example)})}"
-    row = content_row({"prompt": shown.text(example)}, [thumbnail(data) for data in example.images], veil, 1)
-    return whole_page(example.id, header, {"As the model is shown it": table_of("", rows=row, kind="samples")})
+    pictures = content_row({}, [thumbnail(data) for data in example.images], veil, 1)
+    prompt = f"<details{'' if veil else ' open'}><summary>prompt</summary><pre>{text(shown.text(example), 10**6)}</pre></details>"
+    body = table_of("", rows=pictures, kind="samples") + prompt
+    return whole_page(example.id, header, {"As the model is shown it": body})
