@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder for evaluation.json, tables.md, report.html and answers.jsonl")
     sub.add_argument("--limit", type=int, help="at most so many rows of a set, whole groups by a hash of their name; default all")
     sub.add_argument("--held-out", action="store_true", help="of sets that training may have used, the held-out rows alone")
+    sub.add_argument("--allow-overlap", action="store_true", help="evaluate rows that the model was trained on; default: they are refused")
     thresholding(sub)
     sub.set_defaults(fail_open=False)  # an answer that does not parse is wrong, whatever a guard would make of it
     sub.add_argument("--obedience", action="store_true", help="also ask whether answers follow a changed policy")

@@ -166,13 +166,13 @@ def first_groups(examples: list[Example], limit: int) -> list[Example]:
 
 
 def normalised(text: str) -> str:
-    """Without case, and with a space for whatever is neither letter nor digit."""
+    """What texts share that differ in case, spaces or punctuation at most."""
     return re.sub(r"[\W_]+", " ", text.casefold()).strip()
 
 
 def text_group(text: str) -> str:
-    """One group for texts that differ in case, spaces or punctuation at most, so that copies never part over splits, nor over sets."""
-    return "text-" + hashlib.sha256(re.sub(r"[\W_]+", " ", text.casefold()).strip().encode()).hexdigest()[:16]
+    """One group for texts with one normalised form, so that copies never part over splits, nor over sets."""
+    return "text-" + hashlib.sha256(normalised(text).encode()).hexdigest()[:16]
 
 
 def image_group(data: bytes) -> str:
