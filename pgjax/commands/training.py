@@ -55,6 +55,9 @@ def plan(args: argparse.Namespace, rest: list[str]) -> None:
     topology = parse_topology(args.topology)
     recipe = recipe_of(args, ["--devices", str(topology.count), *rest])
     start_jax(prepare(topology))
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)  # what was compiled for hardware that is not here cannot be loaded
     from pgjax.plan.plan import plan
     from pgjax.plan.table import table
 
