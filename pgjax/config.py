@@ -108,6 +108,8 @@ class DataConfig:
     max_pixels: int | None = None  # cap on an image's area; None: the model's own
     train_examples: int = 4096  # rows that are generated; of public data, the most that are taken
     eval_examples: int = 256
+    buckets: int = 1  # shapes (T, I) that batches are padded to, chosen from the rows; 1: prompt_tokens and patches. Lessons: sft.buckets
+    workers: int = 1  # threads of each process that prepare the rows of a batch
     ood: OODConfig = OODConfig()
 
 
