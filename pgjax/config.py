@@ -227,7 +227,7 @@ class SFTConfig:
     steps: int = 1000
     prompts: int = 32  # P, per step, over all processes
     micro_prompts: int = 32  # prompts per forward and backward, on each device in one packed row; divides prompts
-    buckets: int = 3  # lengths that prompts are padded to, those that pad the data least: all prompts of a batch to the same
+    buckets: int = 3  # shapes (T, I) that prompts are padded to, those that pad the data least: all prompts of a batch to the same
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_steps=30)
     validate_every: int = 100
     checkpoint_every: int = 100

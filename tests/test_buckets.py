@@ -1,7 +1,7 @@
 """Buckets: they hold every row, more of them never pad more, and batches cut by them lose nothing."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgjax.data.buckets import bounds, cut, padding, rounded, smallest
@@ -15,6 +15,7 @@ def slots(need_N2: np.ndarray, buckets: int) -> float:
     return float((bound_B2[smallest(need_N2, bound_B2)] / need_N2.max(axis=0)).sum())
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 6))
 def test_every_row_has_a_bucket_and_more_buckets_pad_less(size_N2, buckets):
     need_N2 = rounded(size_N2, (16, 64), (300, 192))
@@ -25,6 +26,7 @@ def test_every_row_has_a_bucket_and_more_buckets_pad_less(size_N2, buckets):
     assert slots(need_N2, buckets) <= slots(need_N2, max(buckets - 1, 1)) + 1e-9
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 6), st.integers(1, 9))
 def test_batches_have_every_row_once(size_N2, buckets, prompts):
     bound_B2 = bounds(np.maximum(size_N2, 1), buckets)

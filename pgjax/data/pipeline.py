@@ -77,23 +77,6 @@ class Renderer:
         """What is known of the rows, as numpy arrays."""
         return self._gold([Row(number, *row) for number, row in enumerate(rows)], len(rows))
 
-    def _sizes(self, examples: Sequence[Example], policies: Sequence[str]) -> list[tuple[int, int] | str]:
-        """Of each example the tokens and slots for patches that it takes beside its policy; the reason where it cannot be shown whole."""
-        found: list[tuple[int, int] | str] = ["reserved"] * len(examples)
-        grids: dict[int, list[tuple[int, int]]] = {}
-        for n, example in enumerate(examples):
-            if self.reserved & {example.node, *example.accepted}:
-                continue
-            try:
-                grids[n] = [image_grid(load_image(raw).size, self.vision) for raw in example.images]
-            except ValueError:
-                found[n] = "image"
-        texts = [self._text(examples[n], policies[n]) for n in grids]
-        for n, (tokens, slots) in zip(grids, lay_out(texts, list(grids.values()), self.tokenizer, self.vision), strict=True):
-            long = len(tokens) > self.recipe.data.prompt_tokens
-            found[n] = "patches" if slots > self.recipe.data.patches else "prompt" if long else (len(tokens), slots)
-        return found
-
     def _policy(self, view: PolicyView) -> str:
         return render_policy(self.taxonomy, view, self.recipe.data.descriptions)
 
@@ -175,6 +158,7 @@ class Pipeline(Renderer):
         self.split, self.process_index, self.process_count = split, process_index, process_count
         self._examples = examples
         self.dropped: Counter[str] = Counter()
+        self._each = ThreadPoolExecutor(recipe.data.workers, "rows").map if recipe.data.workers > 1 else map
         fitting = self._fitting() if cache is None else self._remembered(cache)
         if not fitting:
             what = f"no example of split {split!r} is left; dropped: {dict(self.dropped)}"
@@ -192,8 +176,6 @@ class Pipeline(Renderer):
         data = data.map_with_index(lambda position, row: (int(self.kept[row]), position // len(self.kept)))
         self._rows = data.random_map(self._draw)
         self._cut = lru_cache(2)(self._window)
-        workers = recipe.data.workers
-        self._each = ThreadPoolExecutor(workers, "rows").map if workers > 1 else map
 
     def __len__(self) -> int:
         """Examples of this split, after dropping."""
@@ -223,13 +205,14 @@ class Pipeline(Renderer):
         return Batch(prompt, self._gold(rows, real), [(row.example, row.view) for row in rows[:real]])
 
     def padding(self) -> str:
-        """In words: the buckets, and what the longest prompts leave empty of them and would of one for all."""
-        shares = [padding(self.sizes, bound_ND) for bound_ND in (self.bounds[self.buckets], np.tile(self.bounds[-1], (len(self), 1)))]
-        rows = [f"{T} tokens, {I} patches ({n} rows)" for (T, I), n in zip(self.bounds, np.bincount(self.buckets), strict=True)]
-        (tokens, patches), (tokens_of_one, patches_of_one) = shares
+        """In words: the buckets, and what the longest prompts leave empty of them and would of data.prompt_tokens and data.patches."""
+        one, data = np.ones_like(self.sizes), self.recipe.data
+        rows = [f"{T} tokens, {I} patches ({(self.buckets == b).sum()} rows)" for b, (T, I) in enumerate(self.bounds)]
+        tokens, patches = padding(self.sizes, self.bounds[self.buckets])
+        most_tokens, most_patches = padding(self.sizes, one * (data.prompt_tokens, data.patches))
         return (
-            f"{self.split}: {'; '.join(rows)}: padding {tokens:.0%} of tokens, {patches:.0%} of patches; "
-            f"in one bucket {tokens_of_one:.0%} and {patches_of_one:.0%}"
+            f"{self.split}: {'; '.join(rows)}; padding {tokens:.0%} of tokens, {patches:.0%} of patches; "
+            f"in one bucket {most_tokens:.0%}, {most_patches:.0%}"
         )
 
     def _per_window(self, prompts: int) -> int:
@@ -297,6 +280,25 @@ class Pipeline(Renderer):
             self.dropped.update(size for size in sizes if isinstance(size, str))
             fitting |= {index: size for (index, _), size in zip(some, sizes, strict=True) if not isinstance(size, str)}
         return fitting
+
+    def _sizes(self, examples: Sequence[Example], policies: Sequence[str]) -> list[tuple[int, int] | str]:
+        """Of each example the tokens and slots for patches that it takes beside its policy; the reason where it cannot be shown whole."""
+
+        def grids_of(example: Example) -> list[tuple[int, int]] | str:
+            if self.reserved & {example.node, *example.accepted}:
+                return "reserved"
+            try:
+                return [image_grid(load_image(raw).size, self.vision) for raw in example.images]
+            except ValueError:
+                return "image"
+
+        found: list[Any] = list(self._each(grids_of, examples))
+        grids = {n: grid for n, grid in enumerate(found) if not isinstance(grid, str)}
+        texts = [self._text(examples[n], policies[n]) for n in grids]
+        for n, (tokens, slots) in zip(grids, lay_out(texts, list(grids.values()), self.tokenizer, self.vision), strict=True):
+            long = len(tokens) > self.recipe.data.prompt_tokens
+            found[n] = "patches" if slots > self.recipe.data.patches else "prompt" if long else (len(tokens), slots)
+        return found
 
     def _candidates(self) -> Iterator[tuple[int, Example]]:
         """Numbered examples of this split that it may show; counts the others."""

@@ -4,9 +4,8 @@ of the lessons' lengths alone: every process makes its own slice of the same bat
 Padding costs as much as text, so it is kept small twice. The prompts of a batch are of one bucket (data/buckets.py): padded to one of a
 few shapes, chosen so that all lessons together are padded least. Their answers lie back to back, those of n prompts in one row, dealt out
 so that rows are alike; a row has as many slots for answers as the fullest row of its bucket ever needs. So there is one program for a
-bucket.
-(Of pictures in 150 to 768 tokens, with answers of 245 tokens on average and at most 768, four prompts a row in three buckets pad 27% of
-the slots; one prompt a row pads 46%, and one bucket 49%.)
+bucket. (Of pictures in 150 to 768 tokens, with answers of 245 tokens on average and at most 768, four prompts a row in three buckets pad
+about 28% of the slots; one prompt a row pads 46%, and one bucket 49%.)
 """
 
 import math
