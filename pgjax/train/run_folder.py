@@ -17,7 +17,7 @@ from pgjax.train.trackers import open_tracker
 
 # What a run may change when it goes on: where and in what portions it is computed, and what is kept of it.
 MAY_CHANGE = (
-    *("name", "devices", "mesh.", "data.root", "report.", "tracker"),
+    *("name", "devices", "mesh.", "data.root", "data.workers", "report.", "tracker"),
     *(f"{stage}.{key}" for stage in ("grpo", "sft") for key in ("micro_prompts", "checkpoint_every", "keep_")),
 )
 BUILT = ("data", "tokenizer")  # made from the recipe before the first checkpoint
