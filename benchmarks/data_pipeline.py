@@ -4,9 +4,9 @@
 
 Rows are the recipe's where it generates them, else those of the public mix below $PGJAX_DATA, built and read as in a run: ArrayRecord
 files with the pictures' bytes, the recipe's prompts, resizing and bounds. Tokens are those of a byte-level BPE trained on the rows, whose
-prompts are a little longer than by a released tokenizer. One epoch for each number of buckets and workers; MB of a batch, and the
-most that was resident in each half of the epoch. What a trainer consumes at most: the recipe's step at the dense peak of eight H100, all answers of
-300 tokens, by FLOPs alone (docs/performance.md); a real step takes longer.
+prompts are a little longer than by a released tokenizer. One epoch for each number of buckets and workers; MB of a batch, and the most
+that was resident in each half of the epoch. What a trainer consumes at most: the recipe's step at the dense peak of eight H100, all
+answers of 300 tokens, by FLOPs alone (docs/performance.md); a real step takes longer.
 """
 
 import argparse
