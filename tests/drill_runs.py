@@ -28,6 +28,8 @@ from pgjax.train.run_folder import read_config, read_metrics
 from pgjax.train.setup import make_setup
 from pgjax.train.update import TrainState, make_optimizer
 
+STOPPED = 143  # exit status after SIGTERM
+
 # `pgjax` with one of the trainer's programs under fire: a moment after the given call of it has begun, the process kills itself.
 UNDER_FIRE = """
 import itertools, os, signal, sys, threading
@@ -113,6 +115,36 @@ class Run:
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
+    """What it said on stdout and stderr."""
+    said = process.communicate(timeout=600)
+    assert process.returncode == status, said
+    return said
+
+
+def wait(process: subprocess.Popen, run: Run, steps: int, phase: str = "train") -> None:
+    """Until so many steps have been logged, the last of them since now."""
+    file, began = run.path / "metrics.jsonl", time.time()
+    while not (file.exists() and file.stat().st_mtime > began and sum(r["phase"] == phase for r in read_metrics(run.path)) >= steps):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def assert_saved(run: Run, said: str) -> int:
+    """One line says which step was saved before the end."""
+    saved = Checkpoints(run.path / "checkpoints").latest()
+    assert saved and said.count(f"saved after step {saved};") == 1, said
+    return saved
+
+
+def complaint(process: subprocess.Popen, status: int) -> str:
+    """The one line of ours in which it said what is wrong, last."""
+    _, said = process.communicate(timeout=300)
+    lines = [line for line in said.splitlines() if line.startswith("pgjax: ")]
+    assert process.returncode == status and lines == said.splitlines()[-1:], said
+    return lines[0]
 
 
 def lasting(rows: list[dict]) -> list[dict]:

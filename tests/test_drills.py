@@ -6,10 +6,11 @@ An unbroken run of each trainer is what its drills compare with. `make drills` r
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from drill_runs import Run, assert_same, config, unbroken, write_config
+from drill_runs import STOPPED, Run, assert_same, assert_saved, complaint, config, finish, unbroken, wait, write_config
 from toy_lessons import tiny_rewriter, write_lessons
 
 from pgjax.config import MeshConfig
@@ -20,8 +21,10 @@ from pgjax.train.run_folder import read_metrics
 pytestmark = pytest.mark.drill
 
 
-def test_killed_in_every_phase(tmp_path):
+def test_whatever_happens_to_it(tmp_path):
+    """Killed in every phase, its data gone for a while, stopped by SIGTERM: it ends as the run that nobody touched."""
     run, rng = Run(tmp_path, config()), random.Random(3)
+    checkpoints = lambda: Checkpoints(run.path / "checkpoints")  # noqa: E731
     run.kill_when(lambda path: (path / ".data.part").exists())
     assert not (run.path / "data").exists()
     run.kill_when(lambda path: len(read_metrics(path)) == 2)
@@ -29,22 +32,34 @@ def test_killed_in_every_phase(tmp_path):
     run.kill_when(lambda path: list(path.glob("reference/*tmp*")))
     assert Checkpoints(run.path / "reference").latest() is None
     run.kill_in("decode", 4, rng.uniform(0, 0.02))
-    assert Checkpoints(run.path / "checkpoints").steps() == [0]
-    run.kill_in("update", 6, rng.uniform(0, 0.02))
-    assert Checkpoints(run.path / "checkpoints").steps() == [0, 2]
-    run.kill_when(lambda path: list(path.glob("checkpoints/4.*tmp*")))
-    assert Checkpoints(run.path / "checkpoints").latest() == 2
+    assert checkpoints().steps() == [0]
+    without_its_data(run, tmp_path)
+    process, before = run.start(), checkpoints().latest()
+    wait(process, run, before + 1)
+    process.terminate()
+    saved = assert_saved(run, finish(process, STOPPED)[1])
+    assert before < saved < 6
+    run.kill_in("update", 2, rng.uniform(0, 0.02))
+    assert checkpoints().latest() == saved
+    run.kill_when(lambda path: list(path.glob("checkpoints/6.*tmp*")))
+    assert saved <= checkpoints().latest() < 6
     run.finish()
     assert_same(run.path, unbroken())
 
 
-def test_killed_at_random(tmp_path):
-    """The delay reaches from inside a program into what follows it: other programs, validation, checkpoints, the report."""
-    run, rng = Run(tmp_path, config()), random.Random(11)
-    for _ in range(2):
-        run.kill_in(rng.choice(("decode", "score", "update")), rng.randint(2, 4), rng.uniform(0, 0.5))
-    run.finish()
-    assert_same(run.path, unbroken())
+def without_its_data(run: Run, aside: Path) -> None:
+    """Files are cut in the middle of it: it says which, and that it goes on when they are back."""
+    process = run.start()
+    wait(process, run, 1)
+    records = list((run.path / "data").glob("*train*array_record*"))
+    assert records
+    for file in records:
+        shutil.copy(file, aside / file.name)
+        file.write_bytes(b"")
+    said = complaint(process, 2)
+    assert f"dataset {run.path / 'data'}: row" in said and "put its files back" in said
+    for file in records:
+        shutil.copy(aside / file.name, file)
 
 
 def test_goes_on_on_another_mesh(tmp_path):

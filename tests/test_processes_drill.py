@@ -11,17 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drill_runs import Run, assert_same, config, environment, lasting, unbroken, write_config
+from drill_runs import STOPPED, Run, assert_same, assert_saved, config, environment, finish, lasting, unbroken, wait, write_config
 from toy_lessons import tiny_rewriter, write_lessons
 
 from pgjax.config import MeshConfig
 from pgjax.recipes import validate
-from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.run_folder import read_metrics
 
 pytestmark = pytest.mark.drill
 LAUNCH = Path(__file__).parents[1] / "launch"
-STOPPED = 143  # exit status after SIGTERM
 
 
 def start_all(run: Run) -> list[subprocess.Popen]:
@@ -36,28 +34,6 @@ def launch(run: Run) -> subprocess.Popen:
     env = environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = [str(LAUNCH / "local.sh"), "2", run.command, str(run.config), "--runs", str(run.root)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen, status: int = 0) -> tuple[str, str]:
-    """What it said on stdout and stderr."""
-    said = process.communicate(timeout=600)
-    assert process.returncode == status, said
-    return said
-
-
-def wait(process: subprocess.Popen, run: Run, steps: int, phase: str = "train") -> None:
-    """Until so many steps have been logged, the last of them since now."""
-    file, began = run.path / "metrics.jsonl", time.time()
-    while not (file.exists() and file.stat().st_mtime > began and sum(r["phase"] == phase for r in read_metrics(run.path)) >= steps):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-def assert_saved(run: Run, said: str) -> int:
-    """One line says which step was saved before the end."""
-    saved = Checkpoints(run.path / "checkpoints").latest()
-    assert saved and said.count(f"saved after step {saved};") == 1, said
-    return saved
 
 
 def assert_gone(process: subprocess.Popen, dead: int) -> None:
@@ -121,16 +97,6 @@ def test_sigterm_to_one_of_two_supervised(tmp_path):
     assert silent == ("", "")
     finish(launch(run))
     assert_same(run.path, whole.path)
-
-
-def test_sigterm_to_a_process_alone(tmp_path):
-    run = Run(tmp_path, config())
-    process = run.start()
-    wait(process, run, 1)
-    process.terminate()
-    assert_saved(run, finish(process, STOPPED)[1])
-    run.finish()
-    assert_same(run.path, unbroken())
 
 
 def test_a_coordinator_that_is_not_there(tmp_path):
