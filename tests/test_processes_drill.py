@@ -55,40 +55,74 @@ def together(tmp_path_factory) -> Path:
     return run.path
 
 
-def test_two_processes_are_as_one(together):
-    """On the same mesh: the same samples and so the same rewards; what collectives add up differs in its order."""
-    one, two = (lasting(read_metrics(path)) for path in (unbroken(), together))
-    assert [(row["phase"], row["step"]) for row in one] == [(row["phase"], row["step"]) for row in two]
-    for here, there in zip(one, two, strict=True):
+def assert_close(several: Path, one: Path) -> None:
+    """Metrics on the same mesh: equal samples and so equal rewards; what collectives add up differs in its order."""
+    rows = [lasting(read_metrics(path)) for path in (several, one)]
+    assert len({tuple((row["phase"], row["step"]) for row in of) for of in rows}) == 1
+    for there, here in zip(*rows, strict=True):
         assert here.keys() == there.keys()
         for name in here.keys() - {"phase"}:
             np.testing.assert_allclose(there[name] or 0, here[name] or 0, rtol=1e-4, atol=1e-6, err_msg=f"{name} of step {here['step']}")
 
 
+def test_two_processes_are_as_one(together):
+    assert_close(together, unbroken())
+
+
+def test_a_warm_step_compiles_nothing(together):
+    compiled = {row["step"]: row["perf/compilations"] for row in read_metrics(together) if row["phase"] == "train"}
+    assert compiled[1] > 0 and compiled[5] == compiled[6] == 0
+
+
 def test_stopped_and_killed(together, tmp_path):
-    """SIGTERM, then one process is killed, then the other: the rest of the run is as if nothing had been."""
+    """SIGTERM, then process 0, on whom all depend, is killed: the rest of the run is as if nothing had been."""
     run = Run(tmp_path, config())
     both = launch(run)
     wait(both, run, 1)
     both.terminate()
     saved = assert_saved(run, finish(both, STOPPED)[1])
-    for dead in (0, 1):
-        started = start_all(run)
-        wait(started[0], run, saved + 1)
-        started[dead].kill()
-        assert_gone(started[1 - dead], dead)
-        started[dead].communicate()
+    started = start_all(run)
+    wait(started[0], run, saved + 1)
+    started[0].kill()
+    assert_gone(started[1], 0)
+    started[0].communicate()
     finish(launch(run))
     assert_same(run.path, together)
 
 
+WAITING = """
+import sys, time
+from pgjax.commands.start import start_jax
+from pgjax.parallel.start import find_group, joined
+
+group = find_group(sys.argv[1], 2, int(sys.argv[2]), simulated=True)
+start_jax(1)
+with joined(group):
+    print("joined", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_the_death_of_another_is_seen():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", WAITING, address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    both = [subprocess.Popen([*command, str(k)], **pipes) for k in range(2)]
+    assert [process.stdout.readline() for process in both] == ["joined\n"] * 2
+    both[1].kill()
+    assert_gone(both[0], 1)
+    both[1].communicate()
+
+
 def test_sigterm_to_one_of_two_supervised(tmp_path):
-    """Both save the same step, and go on to the numbers of two that were not stopped."""
+    """Both save the same step, and go on to the numbers of one that was not stopped."""
     tiny = tiny_rewriter(write_lessons(tmp_path / "data"))
     sft = replace(tiny.sft, keep_checkpoints=2)
     file = write_config(tmp_path, validate(replace(tiny, name="drill", devices=2, mesh=MeshConfig(1, 2, 1), sft=sft)))
     whole, run = Run(tmp_path / "whole", file, "sft"), Run(tmp_path / "runs", file, "sft")
-    finish(launch(whole))
+    whole.finish()
     started = start_all(run)
     wait(started[0], run, 1, "sft")
     started[1].terminate()
@@ -96,7 +130,7 @@ def test_sigterm_to_one_of_two_supervised(tmp_path):
     assert_saved(run, said)
     assert silent == ("", "")
     finish(launch(run))
-    assert_same(run.path, whole.path)
+    assert_close(run.path, whole.path)
 
 
 def test_a_coordinator_that_is_not_there(tmp_path):

@@ -106,10 +106,10 @@ def warm_up(recipe: Recipe, setup: Setup, materials: Materials, params: dict, ru
     law = Law(blocked_V, materials.automaton, None, recipe.answer.max_tokens)
 
     def answers(batch, step: int):
-        rng = np.random.default_rng((recipe.seed, step))
-        right_P = rng.random(len(batch.rows)) < recipe.warm_up.label_share
-        rows = zip(batch.rows, right_P, strict=True)
-        return [materials.warm_up_answers(rng, example, view, bool(right)) for (example, view), right in rows], right_P
+        rngs = [np.random.default_rng((recipe.seed, step, int(id))) for id in batch.prompt.id_P]  # by row, whichever process has it
+        right_P = np.array([rng.random() < recipe.warm_up.label_share for rng in rngs])
+        rows = zip(rngs, batch.rows, right_P, strict=True)
+        return [materials.warm_up_answers(rng, example, view, bool(right)) for rng, (example, view), right in rows], right_P
 
     with Progress("warm-up", recipe.warm_up.steps, show=show) as progress:
 
