@@ -6,11 +6,13 @@ Pictures are noise of 448 x 336 pixels at four scales, as large as photographs; 
 """
 
 import argparse
+import asyncio
 import json
 import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from PIL import Image
 
 from pgjax.data.dataset import Dataset, Target
 from pgjax.data.make import build
+from pgjax.serving.endpoints import open_endpoints
 
 BATCH = 1000
 MODALITIES = ("text", "text-image", "image")
@@ -79,7 +82,7 @@ def main() -> None:
         targets = tuple(Target(modality, rows, split=split) for split in ("train", "eval") for modality in ("text", "text_image", "image"))
         config = Dataset("speed", ("proguard_data",), targets=targets, root=folder, out=str(root / "out"))
         began = time.perf_counter()
-        card = build(config, None, lambda card: None)
+        card = asyncio.run(build(config, partial(open_endpoints, (), config.vote.limits, root / "replies", False), lambda card: None))
         seconds = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     chosen = sum(card["sources"]["proguard_data"]["chosen"].values())

@@ -195,14 +195,10 @@ def parser() -> argparse.ArgumentParser:
     def action(name: str, text: str) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=text, description=text, allow_abbrev=False)
 
-    sub = actions.add_parser(
-        "build", help="read, clean, label by vote, balance, write; --KEY VALUE overrides any value", allow_abbrev=False
-    )
+    sub = action("build", "read, clean, label by vote, balance, write; --KEY VALUE overrides any value")
     sub.add_argument("config", help="a path, such as configs/data/public.py")
     sub.add_argument("--allow-remote", action="store_true", help="rows may be sent to judges on other machines")
-    sub = actions.add_parser(
-        "stats", help="counts by modality, label, category and source; lengths and sizes of pictures", allow_abbrev=False
-    )
+    sub = action("stats", "counts by modality, label, category and source; lengths and sizes of pictures")
     sub.add_argument("folder", metavar="DIR", help="a built dataset; a run folder's is its data/")
     sub.add_argument("--model", metavar="DIR", help="lengths in tokens of its prompts: run folder, or Hugging Face checkpoint directory")
     sub.add_argument("--json", action="store_true", help="one JSON object")

@@ -11,7 +11,9 @@ from pgjax.data.dataset import Target
 
 def entries(counts: dict[tuple[str, bool, str], int], source: str = "a") -> list[Entry]:
     kinds = [kind for kind, n in counts.items() for _ in range(n)]
-    return [Entry(k, (k * 7919) % 1009, source, "train", modality, unsafe, about) for k, (modality, unsafe, about) in enumerate(kinds)]
+    return [
+        Entry(k, ((k * 7919) % 1009, b""), source, "train", modality, unsafe, about) for k, (modality, unsafe, about) in enumerate(kinds)
+    ]
 
 
 def test_level_golden():

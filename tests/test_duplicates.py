@@ -117,7 +117,9 @@ def test_exact_duplicates():
 
 
 def test_contradicting_copies_all_go():
-    assert why(row(), row(label="unsafe"), held_out(label="unknown"), row(APART)) == [CONFLICT, CONFLICT, CONFLICT, None]
+    assert why(row(), row(label="unsafe"), row(label="unknown"), row(APART)) == [CONFLICT, CONFLICT, CONFLICT, None]
+    assert why(row(label="unsafe"), held_out()) == [EVALUATION, None], "what training says changes no evaluation"
+    assert why(row(), held_out(), held_out(label="unsafe")) == [EVALUATION, CONFLICT, CONFLICT]
     assert why(row("a", "b"), row("a", "b", answer="unsafe")) == [CONFLICT, CONFLICT]
     assert None in why(row("a", "b", answer="unknown"), row("a", "b", answer="unsafe")), "unknown contradicts nothing"
 

@@ -93,7 +93,7 @@ CASES = {  # what brass, copper and tin say, and what is decided
     "its own words": ([said("unsafe", "safe", name) for name in ("Vault Mischief", "Brass Trouble", "C8S1")], ("unsafe", "safe", "ood")),
     "a category above": ([said("unsafe", "safe", id) for id in ("C8", "C8", "C8S1")], UNNAMED),
     "ids that are none": ([said("unsafe", "safe", id) for id in ("C99", "C99", "C8S9")], UNNAMED),
-    "an id that is not shown": ([said("unsafe", "safe", RESERVED.id)] * 3, UNNAMED),
+    "an id that is reserved": ([said("unsafe", "safe", RESERVED.id)] * 3, ("unknown", "unknown", "unknown")),
     "names that are none": ([said("unsafe", "safe", "C1").replace("C1", name) for name in (" None", "  ", " ")], UNNAMED),
     "no label twice": ([said("unsafe", "safe", "C1S1"), said("safe", "unsafe", "C1S1"), said("safe")], ("safe", "safe", "C1S1")),
 }  # fmt: skip
@@ -150,9 +150,7 @@ def test_what_is_decided_has_its_quorum(ballots, quorum, chance):
     assert decide(chance.sample(ballots, len(ballots)), quorum) == decided
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"judges": ()}, {"judges": ("a", "a")}, {"judges": ("a",), "quorum": 0.4}, {"judges": ("a",), "quorum": 1.1}]
-)
+@pytest.mark.parametrize("wrong", [{"judges": ("a", "a")}, {"judges": ("a",), "quorum": 0.4}, {"judges": ("a",), "quorum": 1.1}])
 def test_configs_that_are_none(wrong):
     with pytest.raises(ValueError, match=r"^vote: (judges|quorum)[^\n]*$"):
         Vote(**wrong)

@@ -1,6 +1,6 @@
 """The paper's mix in its numbers (PAPERS A5): 27,954 rows of an image, 30,000 of text and image, 29,070 of text; one in five held out.
 
-For four of its ten sources there is no published format that is read here; they are files of rows of your own (docs/data.md) below the
+Six of its sources are in no published format that is read here; they are files of rows of your own (docs/data.md) below the
 data's root. How many rows each source gave, the shares of the labels, and what voted is not published: here every source gives what it
 has, labels come in equal parts, and three judges label what comes without labels (start them, or set --vote.judges).
 """
@@ -25,6 +25,7 @@ dataset = Dataset(
         *("own/aegis1.jsonl", "aegis2_train"),
     ),
     targets=(*both("image", 27_954), *both("text_image", 30_000), *both("text", 29_070)),
-    benchmarks=("aegis2", "harmbench", "openai_moderation", "simple_safety_tests", "toxic_chat", "wildguard", "xstest", "beavertails"),
+    benchmarks=("aegis2", "harmbench", "openai_moderation", "simple_safety_tests", "toxic_chat", "wildguard", "xstest", "xstest_response")
+    + ("beavertails", "beavertails_v", "llavaguard"),
     vote=Vote(judges=tuple(f"judge{n}@{SERVER}" for n in (1, 2, 3)), quorum=2 / 3),
 )

@@ -1,6 +1,7 @@
 """Subcommands for datasets: build one, look at it; docs/data.md."""
 
 import argparse
+import asyncio
 import json
 import sys
 from functools import partial
@@ -25,8 +26,8 @@ def build(args: argparse.Namespace, rest: list[str]) -> None:
     from pgjax.serving.endpoints import open_endpoints
 
     replies = config.folder.with_name(f"{config.folder.name}-replies")
-    judges = partial(open_endpoints, config.vote.judges, config.vote.limits, replies, args.allow_remote) if config.vote else None
-    build(config, judges, lambda card: print(plain([], tables(card)), flush=True))
+    judges = partial(open_endpoints, config.vote.judges, config.vote.limits, replies, args.allow_remote)
+    asyncio.run(build(config, judges, lambda card: print(plain([], tables(card)), flush=True)))
     print(f"dataset: {config.folder}; its card.md says of what")
 
 

@@ -11,7 +11,7 @@ class Entry(NamedTuple):
     """A row of the pool without its content."""
 
     number: int  # in the pool
-    order: int  # by a hash of its group: rows are taken in this order
+    order: tuple[int, bytes]  # hashes of its group and of itself: rows are taken in this order
     source: str
     split: str
     modality: str
@@ -53,7 +53,7 @@ def balance(entries: Sequence[Entry], targets: Sequence[Target], at_most: Mappin
     for entry in _limited(entries, at_most):
         by_cell[cell_of(entry)].append(entry)
     for rows in by_cell.values():
-        rows.sort(key=lambda entry: (entry.order, entry.number))
+        rows.sort(key=lambda entry: entry.order)
     available, taken = Counter({cell: len(rows) for cell, rows in by_cell.items()}), Counter[Cell]()
     for target in targets:
         cells = {cell: n for cell, n in available.items() if (cell.split, cell.modality) == (target.split, target.modality)}
@@ -95,7 +95,7 @@ def _in_proportion(wanted: int, supply: Mapping[str, int]) -> dict[str, int]:
 def _limited(entries: Sequence[Entry], at_most: Mapping[str, int]) -> list[Entry]:
     """Of limited sources the first rows of the training split in the order of their hashes."""
     kept, seen = [], Counter[str]()
-    for entry in sorted(entries, key=lambda entry: (entry.order, entry.number)):
+    for entry in sorted(entries, key=lambda entry: entry.order):
         limited = entry.split == "train" and entry.source in at_most
         if not limited or seen[entry.source] < at_most[entry.source]:
             kept.append(entry)

@@ -18,7 +18,7 @@ from pgjax.files import new_folder
 OPTIONAL = ("request", "response", "node", "name")
 VERSION = tfds.core.Version("1.0.0")
 SHARD = 10_000  # rows of a file
-BATCH = 256  # rows written at a time
+BATCH = 32  # rows written at a time
 PLAIN = tuple(f.name for f in fields(Example) if f.name not in (*OPTIONAL, "images", "accepted", "turns"))
 
 

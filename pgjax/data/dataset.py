@@ -24,14 +24,14 @@ class Target:
 class Dataset:
     name: str = "dataset"
     sources: tuple[str, ...] = ()  # names of sets (data/sources/registry.py), or files of rows of your own below the root, *.jsonl
-    at_most: tuple[tuple[str, int], ...] = ()  # (source, rows): of those that would be chosen, no more are taken
+    at_most: tuple[tuple[str, int], ...] = ()  # (source, rows): no more of its training rows are there to choose from
     targets: tuple[Target, ...] = ()
     root: str | None = None  # where the sets lie; default $PGJAX_DATA
     out: str | None = None  # the folder to make; default runs/data/NAME
     benchmarks: tuple[str, ...] = ()  # no training row may be as one of these sets' rows
     near: float = 0.8  # texts with this similarity (Jaccard) or more count as one
-    max_rejected: float = 0.01  # of the rows of a source: more that cannot be read, and the build ends
-    vote: Vote | None = None  # who labels what comes without labels; None: such rows are left out
+    max_rejected: float = 0.05  # of the rows of a source: more that are broken, and the build ends
+    vote: Vote = Vote()  # who labels what comes without labels; without judges such rows are left out
 
     @property
     def folder(self) -> Path:
@@ -40,6 +40,7 @@ class Dataset:
 
 def validate(config: Dataset) -> Dataset:
     """Returns the config unchanged, or raises ValueError naming every value that cannot be. Names of sources are looked at by the build."""
+    voters = [name for name in config.vote.sources if name not in config.sources]
     unknown = [name for name in config.benchmarks if name not in BENCHMARKS]
     limited = [source for source, _ in config.at_most]
     kinds = [(target.split, target.modality) for target in config.targets]
@@ -51,7 +52,8 @@ def validate(config: Dataset) -> Dataset:
         f"at_most limits {', '.join(limited)}: each once, and a source": set(limited) <= set(config.sources)
         and len(set(limited)) == len(limited),
         f"benchmarks names {', '.join(unknown)}, which is none of {', '.join(BENCHMARKS)}": not unknown,
-        "targets must say how many rows of train are wanted, of a modality at least": any(split == "train" for split, _ in kinds),
+        "targets must say how many rows are wanted of train, and how many of eval": {split for split, _ in kinds} == {"train", "eval"},
+        f"vote.sources names {', '.join(voters)}, which is none of the sources": not voters,
         "targets has a modality of a split twice": len(set(kinds)) == len(kinds),
         f"targets must be of {', '.join(MODALITIES)}": {modality for _, modality in kinds} <= set(MODALITIES),
         "targets and at_most must be of a row at least": min(counts, default=1) >= 1,

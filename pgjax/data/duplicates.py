@@ -95,9 +95,10 @@ class Cleaned(NamedTuple):
 def clean(rows: Sequence[Record], benchmarks: Mapping[str, Iterable[Record]], threshold: float = 0.8) -> Cleaned:
     """Which rows stay: one of each cluster, the same one in whatever order the rows come.
 
-    Of exact duplicates an evaluation row stays before a training row, then the one of which most is known; if their labels contradict each
-    other, none. Of near duplicates the one with the smaller key stays. Near duplicates with other labels all stay: what parts them is
-    what there is to learn. Training rows go that are exact or near duplicates of evaluation rows or of rows of `benchmarks`, or whose
+    Of exact duplicates an evaluation row stays before a training row, then the one of which most is known. If the labels of its evaluation
+    rows contradict each other, or where there is none those of its training rows, none stays. Of near duplicates the one with the
+    smaller key stays. Near duplicates with other labels all stay: what parts them is what there is to learn. Training rows go that are
+    exact or near duplicates of evaluation rows or of rows of `benchmarks`, or whose
     prompt is that of one with a labelled request. ValueError for a threshold that is no similarity.
     """
     if not 0 < threshold <= 1:
@@ -135,9 +136,10 @@ def _of_each_key(rows: Sequence[Record], why: list[str | None]) -> Iterator[int]
     for n, row in enumerate(rows):
         copies[row.key].append(n)
     for numbers in copies.values():
-        if any({"safe", "unsafe"} <= set(line) for line in zip(*(rows[n].labels for n in numbers), strict=True)):
+        judged = [n for n in numbers if not rows[n].training] or numbers  # what training says changes no evaluation
+        if any({"safe", "unsafe"} <= set(line) for line in zip(*(rows[n].labels for n in judged), strict=True)):
             for n in numbers:
-                why[n] = CONFLICT
+                why[n] = CONFLICT if n in judged else EVALUATION
             continue
         first = min(numbers, key=lambda n: (rows[n].training, -rows[n].known, rows[n].place))
         for n in numbers:

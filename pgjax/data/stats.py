@@ -23,13 +23,14 @@ from pgjax.tokenizer import load_tokenizer
 from pgjax.train.run_folder import read_config
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+NAMED = 60  # characters of a risk's name that are shown: it may come from anywhere
 
 
 def category_of(example: Example, taxonomy: Taxonomy) -> str:
     """Id of the top level, "ood: NAME", "none" or "unknown"."""
     if example.category == "node" and example.node:
         return taxonomy.by_id(example.node).parent or example.node
-    return f"ood: {example.name}" if example.category == "ood" else example.category
+    return f"ood: {(example.name or 'unnamed')[:NAMED]}" if example.category == "ood" else example.category
 
 
 def unsafe(example: Example) -> bool:

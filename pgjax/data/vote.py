@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pgjax import automaton as answers
 from pgjax.config import AnswerConfig
 from pgjax.conversation import load_prompts, messages
+from pgjax.data.images import plain
 from pgjax.data.schema import LABELS, MODALITIES, Example, Modality
 from pgjax.endpoint import Endpoint, Failed, Limits, system, user
 from pgjax.flow import some_at_a_time
@@ -20,20 +21,21 @@ from pgjax.taxonomy import Taxonomy, full_view, level_of, render_policy
 
 GIVE_UP = 50  # asks in a row that a judge failed: no more are made
 NO_VOTE = ("unknown", "absent")
+WITHHELD = "withheld"  # the problem of a ballot that names a reserved node
 
 Key = tuple[str, str]  # source and id of a row
 
 
 @dataclass(frozen=True)
 class Vote:
-    judges: tuple[str, ...]  # MODEL@URL, MODEL@URL#VARIABLE with the key, or a folder with a model
+    judges: tuple[str, ...] = ()  # MODEL@URL, MODEL@URL#VARIABLE with the key, or a folder with a model; none: nobody votes
     quorum: float = 0.5  # share of all judges that must say the same; whatever it is, more than half must
     sources: tuple[str, ...] = ()  # every row of these is voted on; none named: of all sources the rows of which something is unknown
     limits: Limits = Limits()  # of each judge
 
     def __post_init__(self) -> None:
-        if not self.judges or len(set(self.judges)) < len(self.judges):
-            raise ValueError("vote: judges must name at least one endpoint, and none twice")
+        if len(set(self.judges)) < len(self.judges):
+            raise ValueError("vote: judges must name no endpoint twice")
         if not 0.5 <= self.quorum <= 1:
             raise ValueError(f"vote: quorum {self.quorum} must be in 0.5 to 1")
 
@@ -44,7 +46,7 @@ class Ballot(NamedTuple):
     request: str = "unknown"
     response: str = "unknown"
     category: str = "unknown"  # "none", "ood", or a taxonomy id of the level that the modality is judged at
-    problem: str = ""  # why there is no vote: "unparsed", or the kind of endpoint.Failed
+    problem: str = ""  # why there is no vote: "unparsed", WITHHELD, or the kind of endpoint.Failed
 
 
 FIELDS = Ballot._fields[:3]
@@ -81,6 +83,7 @@ class _Poll:
         self.config, self.taxonomy, self.judges, self.prompts = config, taxonomy, judges, load_prompts()
         self.views = {modality: full_view(taxonomy, level_of(modality)) for modality in MODALITIES}
         self.ids, self.reserved = tuple(node.id for node in taxonomy.nodes), reserved(taxonomy)
+        self.never = {node.id for node in taxonomy.nodes if node.reserved}
         self.rows: dict[Key, tuple[list[Ballot], tuple[tuple[str, ...], ...]]] = {}
         self.left_out: dict[str, Counter[str]] = {}
         self.fruitless = [0] * len(judges)
@@ -108,7 +111,7 @@ class _Poll:
         """The guard's prompt with the whole policy. ValueError for a picture that is none, or a row whose parts contradict each other."""
         policy = render_policy(self.taxonomy, self.views[row.modality], descriptions=True)
         told, asked = messages(row, policy, self.prompts, AnswerConfig.think_tag)
-        return [system(told["content"]), user(asked["content"][-1]["text"], row.images)]
+        return [system(told["content"]), user(asked["content"][-1]["text"], [plain(image) for image in row.images])]
 
     async def ask(self, place: int, chat: list[dict], modality: Modality, ballots: list[Ballot]) -> None:
         try:
@@ -128,6 +131,8 @@ class _Poll:
         if not said.parsed:
             return nothing._replace(problem="unparsed")
         named = self.ids[said.id] if said.kind == answers.ID else ""
+        if named in self.never:
+            return nothing._replace(problem=WITHHELD)
         category = {answers.NONE: "none", answers.NAME: "ood"}.get(int(said.kind), "unknown")
         return Ballot(
             LABELS[said.request],

@@ -145,7 +145,7 @@ def mm_safetybench(root: Path, taxonomy: Taxonomy) -> Items:
     labels = LabelMap("mm_safetybench", taxonomy)
 
     def kinds(row: Row) -> Iterator[Row]:
-        [asked] = row.objects("value")
+        asked = row.one("value")
         for kind in _ASKED:
             yield asked._replace(values=asked.values | {"kind": kind, "key": row.text("key")})
 

@@ -34,7 +34,7 @@ def own(root: Path, taxonomy: Taxonomy, pattern: str = "own/**/*.jsonl*") -> Row
         except ValueError as error:
             raise Unusable(VALUE, f"does not fit: {str(error).partition(f'line {row.number}: ')[2] or error}") from None
         content = image_group(made.images[0]) if made.images else text_group(made.request or "")
-        group = f"{name}-{made.group}" if row.values.get("group") else content
+        group = f"own-{made.group}" if row.values.get("group") else content
         id = f"{name}-{row.values.get('id') or row.serial}"
         yield replace(made, id=id, source=name, group=group, split=split_of(group))
 

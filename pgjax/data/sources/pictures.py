@@ -68,7 +68,7 @@ def mossbench(root: Path, taxonomy: Taxonomy) -> Rows:
 
     def read(row: Row) -> Iterator[Example]:
         folder = row.file.split("/")[1]
-        [entry] = row.objects("value")
+        entry = row.one("value")
         pid = str(entry.values.get("pid"))
         # The published name is a PNG; copies re-encoded as JPEG lie beside it.
         image = picture(root / "mossbench" / folder, entry.text("image"), f"images_640jpg/{pid}.jpg")

@@ -9,6 +9,7 @@ from typing import Any
 from pgjax.data.schema import Example, Label
 from pgjax.data.sources.examples import example
 from pgjax.data.sources.files import LABEL, NO_PICTURE, VALUE, WITHHELD, NotUsed, Rows, Unusable, each, image_group, picture, text_group
+from pgjax.data.sources.label_map import no_children
 from pgjax.data.sources.tables import Row, read_rows
 from pgjax.taxonomy import Category, Taxonomy
 
@@ -92,6 +93,7 @@ def _picture(folder: Path, found: list[Any]) -> bytes:
 def _about(row: Row, nodes: dict[str, Category]) -> dict[str, Any]:
     """What is known of the category. A name of the taxonomy beside no id is one that was hidden in the published prompts."""
     id, name = row.text("category").strip(), row.text("original_category").strip()
+    no_children(name)
     node = nodes.get((id or name).casefold())
     if node and node.reserved:
         raise NotUsed(WITHHELD)

@@ -94,7 +94,7 @@ def find_source(name: str, root: Path) -> Source:
     """A set of SOURCES, or the native rows of a file NAME.jsonl, relative to the root. ValueError for an unknown name, and for a set that
     is not below `root`."""
     if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
-        if not (root / name).is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (root / name).is_file():
             raise ValueError(f"source {name}: {root / name} is not there; give a path below the data's root")
         return SOURCES["own"]._replace(read=partial(own, pattern=glob.escape(name)), where=name)
     return choose("source", name, SOURCES, root)

@@ -118,7 +118,7 @@ def _beavertails(root: Path, taxonomy: Taxonomy, source: str, part: str, split: 
     labels = LabelMap("beavertails", taxonomy)
 
     def read(row: Row) -> Iterator[Example]:
-        [category] = row.objects("category")
+        category = row.one("category")
         known: dict[str, Any] = {"response": row.text("response"), "response_label": row.label("is_safe", True, False)}
         about = labels.about(name for name, holds in category.values.items() if holds)
         yield text_example(source, row, row.text("prompt"), "unknown", about=about, split=split, **known)

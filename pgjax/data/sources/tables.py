@@ -60,6 +60,12 @@ class Row(NamedTuple):
             raise Unusable(VALUE if column in self.values else COLUMN, f"needs a list of objects in `{column}`")
         return [self._replace(values=entry) for entry in found]
 
+    def one(self, column: str) -> "Row":
+        """The one object there."""
+        if len(found := self.objects(column)) > 1:
+            raise Unusable(VALUE, f"needs one object in `{column}`")
+        return found[0]
+
     def picture(self, column: str) -> bytes:
         """Of an object with `bytes`, as parquet files hold pictures; b"" where there is none."""
         value = self.values.get(column)
