@@ -102,7 +102,7 @@ def put_everywhere(tree, mesh):
     if not set(mesh.devices.flat) <= set(jax.devices()):
         return jax.device_put(tree)
     place = lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x))  # noqa: E731
-    return jax.block_until_ready(jax.tree.map(place, tree))
+    return jax.tree.map(place, tree)
 
 
 def take_rows(x: jax.Array, index_N: jax.Array, shards: int, axis: int = 0) -> jax.Array:
@@ -116,10 +116,7 @@ def take_rows(x: jax.Array, index_N: jax.Array, shards: int, axis: int = 0) -> j
 
 def place_rows(tree, mesh):
     """This process's rows of a batch (numpy, leading axis P) -> global arrays sharded by rows. Rows that the batch axes
-    do not divide are replicated (a single request on many devices).
-
-    They have arrived when it returns: on CPU a program that waits for its arguments runs beside the next one, and gloo, which tells
-    messages apart by their order alone, would mix up those of the two."""
+    do not divide are replicated (a single request on many devices)."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def place(x):
@@ -127,7 +124,7 @@ def place_rows(tree, mesh):
         even = (x.shape[0] * jax.process_count()) % ways == 0
         return jax.make_array_from_process_local_data(rows(mesh) if even else replicated(mesh), x)
 
-    return jax.block_until_ready(jax.tree.map(place, tree))
+    return jax.tree.map(place, tree)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

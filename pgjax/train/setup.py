@@ -65,12 +65,12 @@ class Setup:
         """A fresh training state around given base parameters, which it takes over; with LoRA, around fresh adapters (from `seed`)."""
         trained = self._fresh(seed, self.trained) if self.model.config.lora_rank else self.trained(params)
         start = lambda p: TrainState(jnp.int32(0), p, optimizer.init(p))  # noqa: E731
-        return jax.jit(start, out_shardings=self.state_shardings(optimizer))(trained)
+        return in_turn(jax.jit(start, out_shardings=self.state_shardings(optimizer))(trained))
 
     def reference(self, params: dict) -> dict:
         """A copy of base parameters as the frozen reference. In the compute type: it is never updated, and rounded at every use anyhow."""
         copied = lambda params: jax.tree.map(jnp.copy, self.cast(params))  # noqa: E731
-        return jax.jit(copied, out_shardings=base(self.training))(params)
+        return in_turn(jax.jit(copied, out_shardings=base(self.training))(params))
 
     def abstract_reference(self) -> dict:
         """Shapes with shardings, as a reference is restored."""
@@ -83,7 +83,7 @@ class Setup:
     def _fresh(self, seed: int, part) -> dict:
         init = lambda key: part(nn.meta.unbox(init_boxed(self.model, key)))  # noqa: E731
         with jax.set_mesh(self.mesh):
-            return jax.jit(init, out_shardings=part(self.training))(jax.random.key(seed))
+            return in_turn(jax.jit(init, out_shardings=part(self.training))(jax.random.key(seed)))
 
 
 def _placed(x, sharding) -> jax.ShapeDtypeStruct:
