@@ -15,6 +15,7 @@ from pgjax.data.schema import PromptBatch
 from pgjax.generate.law import Law
 from pgjax.generate.score import pack, pack_values, score
 from pgjax.parallel.mesh import replicated
+from pgjax.parallel.program import Program
 from pgjax.train.setup import Setup
 from pgjax.train.trainable import merge
 from pgjax.train.update import update
@@ -63,7 +64,7 @@ def make_step(
         return update(state, optimizer, loss_sum, batch.by_row(prompts), batch.weight_PGR.sum(), micro_batches)
 
     placed = setup.state_shardings(optimizer), replicated(setup.mesh)
-    return jax.jit(step, static_argnames="width", donate_argnums=0, out_shardings=placed)
+    return Program(jax.jit(step, static_argnames="width", donate_argnums=0, out_shardings=placed), placed, setup.mesh)
 
 
 def make_loss(setup: Setup, law: Law, prompts: int) -> Callable[..., Any]:
@@ -72,4 +73,5 @@ def make_loss(setup: Setup, law: Law, prompts: int) -> Callable[..., Any]:
     def loss(trained: dict, frozen: dict, batch: Taught, width: int):
         return loss_pair(setup, law, merge(trained, frozen), batch.by_row(prompts), width)
 
-    return jax.jit(loss, static_argnames="width", out_shardings=replicated(setup.mesh))
+    placed = replicated(setup.mesh)
+    return Program(jax.jit(loss, static_argnames="width", out_shardings=placed), placed, setup.mesh)

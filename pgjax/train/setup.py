@@ -13,6 +13,7 @@ from pgjax.config import ModelConfig
 from pgjax.models.checkpoint import check_params, load_params, tensor_shapes
 from pgjax.models.qwen_vl import QwenVL, init_boxed
 from pgjax.parallel import mesh as meshes
+from pgjax.parallel.program import in_turn
 from pgjax.train.progress import Progress
 from pgjax.train.trainable import base, split
 from pgjax.train.update import TrainState
