@@ -128,7 +128,7 @@ def join(group: Group) -> None:
     except RuntimeError as error:
         what = " ".join(str(error).split())
         raise ValueError(f"process {group.process} of {group.processes} cannot join the others ({what}); is the port taken?") from error
-    if cpu:  # gloo tells collectives apart by their order, which was another on each process when programs came from the cache (jax 0.10.2)
+    if cpu:  # gloo tells collectives apart by their order, and that is another in a program from the cache than in one compiled here
         jax.config.update("jax_enable_compilation_cache", False)
 
 
