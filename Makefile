@@ -19,7 +19,7 @@ demo-rewriter: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/pgjax demo-rewriter
 
 test: $(TEST_DEPS)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 
 # Tests that kill processes or take minutes, two files at a time: they wait much.
 drills: $(TEST_DEPS)

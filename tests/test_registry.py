@@ -375,7 +375,7 @@ def test_own_rows(tmp_path):
         ("no picture", "12"),
     ]
     assert not any("grumpy" in row.reason for row in out)
-    assert examples[1].group == "mine-g" and {e.source for e in examples} == {"mine"}
+    assert examples[1].group == "own-g" and {e.source for e in examples} == {"mine"}
     assert read("own/mine.jsonl", tmp_path)[0] == examples
     with pytest.raises(ValueError, match="public data: own/mine.jsonl: row 6 has a label in `request_label`"):
         gather(find_source("own", tmp_path).read(tmp_path, TAXONOMY))
