@@ -128,7 +128,7 @@ def join(group: Group) -> None:
     except RuntimeError as error:
         what = " ".join(str(error).split())
         raise ValueError(f"process {group.process} of {group.processes} cannot join the others ({what}); is the port taken?") from error
-    if cpu:  # gloo tells collectives apart by their order, and that is another in a program from the cache than in one compiled here
+    if cpu:  # with programs from the cache gloo got messages of other lengths than it waited for, at every start (jax 0.10.2)
         jax.config.update("jax_enable_compilation_cache", False)
 
 
