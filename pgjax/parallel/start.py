@@ -124,12 +124,9 @@ def join(group: Group) -> None:
             initialize(group.coordinator, group.processes, group.process, cluster_detection_method="deactivate")
         else:
             initialize()
-        cpu = jax.default_backend() == "cpu"
     except RuntimeError as error:
         what = " ".join(str(error).split())
         raise ValueError(f"process {group.process} of {group.processes} cannot join the others ({what}); is the port taken?") from error
-    if cpu:  # with programs from the cache gloo got messages of other lengths than it waited for, at every start (jax 0.10.2)
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 class LastWords:
