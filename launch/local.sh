@@ -1,6 +1,6 @@
 #!/bin/sh
 # Several processes of simulated CPU devices on this machine: to see a run with many processes where there is one computer.
-#   launch/local.sh 2 train toy --devices 8       2 processes of 4 devices each; further arguments go to pgjax
+#   launch/local.sh 2 train toy --mesh.fsdp 4 --mesh.tensor 1    2 processes of 4 devices each; further arguments go to pgjax
 # They meet at a free port of this machine and are stopped together: Ctrl-C or SIGTERM saves and ends them all.
 # A process that dies ends the others within a minute; the same command goes on from the last checkpoint.
 # Exit status: that of the first process that did not end with 0 (see README.md).

@@ -47,9 +47,11 @@ def assert_gone(process: subprocess.Popen, dead: int) -> None:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Path:
-    """Two processes that nobody disturbed. One of them speaks."""
+    """Two processes that nobody disturbed, with a compilation cache of their own. One of them speaks."""
     run = Run(tmp_path_factory.mktemp("together"), config())
-    out, said = finish(launch(run))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PGJAX_CACHE", str(run.root / "cache"))
+        out, said = finish(launch(run))
     summary, _, last = out.rstrip().rpartition("\n")
     assert json.loads(summary)["reward_last"] and last == f"run: {run.path}" and said.count("train 6/6  done") == 1
     return run.path
@@ -74,9 +76,12 @@ def test_a_warm_step_compiles_nothing(together):
     assert compiled[1] > 0 and compiled[5] == compiled[6] == 0
 
 
-def test_stopped_and_killed(together, tmp_path):
-    """SIGTERM, then process 0, on whom all depend, is killed: the rest of the run is as if nothing had been."""
-    run = Run(tmp_path, config())
+def test_stopped_and_killed(together, tmp_path, monkeypatch):
+    """SIGTERM, then process 0, on whom all depend, is killed: the rest of the run is as if nothing had been. No start of a program that
+    has run before compiles it again."""
+    cache = together.parent / "cache"
+    monkeypatch.setenv("PGJAX_CACHE", str(cache))
+    compiled, run = set(cache.rglob("*-cache")), Run(tmp_path, config())
     both = launch(run)
     wait(both, run, 1)
     both.terminate()
@@ -88,6 +93,7 @@ def test_stopped_and_killed(together, tmp_path):
     started[0].communicate()
     finish(launch(run))
     assert_same(run.path, together)
+    assert compiled and set(cache.rglob("*-cache")) == compiled
 
 
 WAITING = """

@@ -30,6 +30,13 @@ TRAINING: dict[str, str | tuple[str, ...] | None] = {
 ROLLOUT = TRAINING | {"embed": None}
 
 
+def between_cpu_processes() -> bool:
+    """Whether programs talk through gloo, which tells messages apart by their order alone. XLA starts a collective beside a running loop
+    that it does not depend on (jax 0.10.2), and if the loop has collectives too, their messages are mixed up. So these processes have
+    programs without such a pair: what is outside of the layers' loops is not sharded, and nothing is over tensor."""
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Mesh of all devices (or of those given) with axes (data, fsdp, tensor). One size may be -1 and takes what is left. Of several TPU
     slices, which a slower network joins, only `data` spans them."""
@@ -42,6 +49,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
             f"the product must be {count}, and at most one axis may be -1"
         )
     shape = tuple(count // known if s == -1 else s for s in sizes)
+    if shape[2] > 1 and between_cpu_processes():
+        raise ValueError(f"mesh tensor={shape[2]} does not work between CPU processes, whose messages gloo would mix up: it must be 1")
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if shape[0] % slices:
         raise ValueError(f"mesh data={shape[0]} must be a multiple of the {slices} slices: no other axis spans them")
@@ -81,9 +90,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def param_shardings(boxed, rules: dict, mesh):
     """Shardings of a parameter tree from the logical axes that its (abstract, boxed) leaves declare."""
+    outside = rules | {"embed": None} if between_cpu_processes() else rules
 
     def place(leaf):
-        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, rules, mesh))
+        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, rules if "layers" in leaf.names else outside, mesh))
 
     return jax.tree.map(place, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 

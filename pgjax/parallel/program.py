@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 
+from pgjax.parallel.mesh import between_cpu_processes
+
 
 def in_turn(out):
-    """What a program gives; between CPU processes once it is there. Gloo tells messages apart by their order alone, and two programs that
-    run at a time mix up theirs."""
-    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+    """What a program gives; between CPU processes once it is there, as two programs at a time would mix up their messages."""
+    if between_cpu_processes():
         jax.block_until_ready(out)
     return out
 

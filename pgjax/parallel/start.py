@@ -124,12 +124,9 @@ def join(group: Group) -> None:
             initialize(group.coordinator, group.processes, group.process, cluster_detection_method="deactivate")
         else:
             initialize()
-        cpu = jax.default_backend() == "cpu"
     except RuntimeError as error:
         what = " ".join(str(error).split())
         raise ValueError(f"process {group.process} of {group.processes} cannot join the others ({what}); is the port taken?") from error
-    if cpu:  # gloo tells collectives apart by their order, and that is another in a program from the cache than in one compiled here
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 class LastWords:
