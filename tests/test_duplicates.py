@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pgjax.data.duplicates import (
     CHECKED,
+    COMPARED,
     CONFLICT,
     EVALUATION,
     EXACT,
@@ -22,6 +23,7 @@ from pgjax.data.duplicates import (
     content_key,
     jaccard,
     record,
+    shape,
     shingles,
     shown_keys,
 )
@@ -130,6 +132,12 @@ def test_near_duplicates():
     assert why(row(), row(NEARLY, label="unsafe")) == [None, None], "what parts them is what there is to learn"
     assert why(held_out(), row(NEARLY)) == [None, EVALUATION] == why(held_out(), row(NEARLY, label="unsafe"))
     assert why(row("Paint it"), row("Print it")) == [None, None]
+
+
+def test_of_a_long_text_its_beginning_is_compared():
+    long = " ".join(f"word{n}" for n in range(4000))
+    assert len(long) > COMPARED and len(shape(long * 50, "").shingles) <= COMPARED
+    assert Counter(why(row(long), row(long + " and more"))) == {None: 1, NEAR: 1}
 
 
 def test_rows_made_from_one_template_stay_but_for_what_is_near():

@@ -381,6 +381,14 @@ def test_own_rows(tmp_path):
         gather(find_source("own", tmp_path).read(tmp_path, TAXONOMY))
 
 
+@pytest.mark.parametrize("id", [None, "", ["1"]])
+def test_a_row_without_an_id_is_told_from_a_copy(tmp_path, id):
+    rows = [{"instruction": "Clean the vault", "image_path": "imgs/1.png", "sub_category": "Violence"} | {"instruction_id": id}] * 2
+    put(tmp_path / "vlsbench/data.json", json.dumps(rows))
+    examples, out = read("vlsbench", tmp_path)
+    assert not examples and [(row.kind, row.reason) for row in out] == [("wrong value", "needs an id in `instruction_id`")] * 2
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------------------------
 
 

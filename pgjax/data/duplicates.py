@@ -19,6 +19,7 @@ from pgjax.data.schema import Example
 from pgjax.data.sources.files import normalised
 
 SHINGLE = 5
+COMPARED = 20_000  # characters of a text, its first: a book's shingles would fill the memory
 PERMUTATIONS = 120
 FOUND = 0.999  # probability that a pair at the threshold becomes a candidate
 CHECKED = 16  # candidates compared by their sets, the likeliest: rows made from one template have thousands
@@ -158,6 +159,7 @@ class Shape(NamedTuple):
 
 
 def shape(text: str, pictures: str) -> Shape:
+    text = text[:COMPARED]
     found, sketch = shingles(text, pictures), RMinHash(PERMUTATIONS, 1)
     sketch.update(list(found))
     return Shape(text, pictures, found, sketch)

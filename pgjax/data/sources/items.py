@@ -115,7 +115,7 @@ def vlsbench(root: Path, taxonomy: Taxonomy) -> Items:
     labels = LabelMap("vlsbench", taxonomy)
 
     def read(row: Row) -> Iterator[Item]:
-        id, about = f"vlsbench-{row.values.get('instruction_id')}", labels.about([row.text("sub_category")])
+        id, about = f"vlsbench-{row.name('instruction_id')}", labels.about([row.text("sub_category")])
         request, image = row.text("instruction"), picture(root / "vlsbench", row.text("image_path"))
         yield _item("vlsbench", id, request, image, "unsafe", about)
 
@@ -128,7 +128,7 @@ def siuo(root: Path, taxonomy: Taxonomy) -> Items:
     labels = LabelMap("siuo", taxonomy)
 
     def read(row: Row) -> Iterator[Item]:
-        id, about, safe = f"siuo-{row.values.get('question_id')}", labels.about([row.text("category")]), row.text("reference_answer")
+        id, about, safe = f"siuo-{row.name('question_id')}", labels.about([row.text("category")]), row.text("reference_answer")
         yield _item("siuo", id, row.text("question"), picture(root / "siuo" / "images", row.text("image")), "unsafe", about, safe)
 
     return each(read_rows(root, "siuo/siuo_gen.json"), read)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pgjax.data.jsonl import Line
-from pgjax.data.rows import labelled
+from pgjax.data.rows import LABELLED, labelled
 from pgjax.data.schema import Example
 from pgjax.data.sources.examples import check_picture
 from pgjax.data.sources.files import LABEL, VALUE, WITHHELD, NotUsed, Rows, Unusable, each, image_group, picture, split_of, text_group
@@ -20,6 +20,8 @@ def own(root: Path, taxonomy: Taxonomy, pattern: str = "own/**/*.jsonl*") -> Row
     reserved = {node.id for node in taxonomy.nodes if node.reserved}
 
     def read(row: Row) -> Iterator[Example]:
+        if not row.values.keys() <= set(LABELLED):
+            raise Unusable(VALUE, f"has a key that is none of {', '.join(LABELLED)}")
         for key in ("request_label", "response_label"):
             if key in row.values:
                 row.label(key, "safe", "unsafe", "unknown")

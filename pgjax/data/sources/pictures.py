@@ -69,7 +69,7 @@ def mossbench(root: Path, taxonomy: Taxonomy) -> Rows:
     def read(row: Row) -> Iterator[Example]:
         folder = row.file.split("/")[1]
         entry = row.one("value")
-        pid = str(entry.values.get("pid"))
+        pid = entry.name("pid")
         # The published name is a PNG; copies re-encoded as JPEG lie beside it.
         image = picture(root / "mossbench" / folder, entry.text("image"), f"images_640jpg/{pid}.jpg")
         known: dict[str, Any] = {"request": entry.text("question"), "image": image, "request_label": parts[folder]}
@@ -138,7 +138,7 @@ def _llavaguard(root: Path, taxonomy: Taxonomy, source: str, part: str, split: s
     labels = LabelMap("llavaguard", taxonomy)
 
     def read(row: Row) -> Iterator[Example]:
-        id, name = str(row.values.get("id")), row.text("image")
+        id, name = row.name("id"), row.text("image")
         if row.text("split") != part:
             raise NotUsed("other split")
         if re.search(r"_v\d", id):

@@ -42,6 +42,12 @@ class Row(NamedTuple):
             raise Unusable(VALUE, f"needs a text in `{column}`, or nothing")
         return (value or "").encode("utf-8", "replace").decode()
 
+    def name(self, column: str) -> str:
+        """The id there, a text or a number."""
+        if not isinstance(value := self.values.get(column), str | int) or value == "":
+            raise Unusable(VALUE if column in self.values else COLUMN, f"needs an id in `{column}`")
+        return str(value)
+
     def label(self, column: str, safe: str | bool, unsafe: str | bool, missing: Label | None = None) -> Label:
         """What stands for `safe` and for `unsafe` there; `missing` is the label where there is nothing."""
         value = self.values.get(column)
