@@ -17,7 +17,7 @@ from study_adversary import VARIANTS, bank_variant
 from pgjax.bank import build_bank, calibrate, save_bank
 from pgjax.data.build import build_dataset
 from pgjax.data.schema import Example
-from pgjax.data.sources.files import data_root, order_of, split_of
+from pgjax.data.sources.files import data_root, gather, order_of, split_of
 from pgjax.data.sources.texts import harmbench, openai_moderation_strict, surge_toxicity
 from pgjax.models.sentence_encoder import load_embedder
 from pgjax.taxonomy import load_taxonomy
@@ -30,9 +30,9 @@ DATASETS = ("texts", "only_openai_moderation", "only_surge_toxicity", "naming")
 def examples(name: str, root: Path) -> list[Example]:
     """Rows of a data set in an order that mixes sources. ValueError for a set that is not below `root`."""
     taxonomy = load_taxonomy()
-    rows = [row for reader in (openai_moderation_strict, surge_toxicity) for row in reader(root, taxonomy).examples]
+    rows = [row for reader in (openai_moderation_strict, surge_toxicity) for row in gather(reader(root, taxonomy)).examples]
     if name == "naming":
-        rows += [replace(row, split=split_of(row.group)) for row in harmbench(root, taxonomy).examples]
+        rows += [replace(row, split=split_of(row.group)) for row in gather(harmbench(root, taxonomy)).examples]
         never = {node.id for node in taxonomy.nodes if node.id in NEVER_SEEN or node.parent in NEVER_SEEN}
         rows = [replace(row, split="eval") if row.node in never else row for row in rows]
     elif name.startswith("only_"):

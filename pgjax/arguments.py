@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder for evaluation.json, tables.md, report.html and answers.jsonl")
     sub.add_argument("--limit", type=int, help="at most so many rows of a set, whole groups by a hash of their name; default all")
     sub.add_argument("--held-out", action="store_true", help="of sets that training may have used, the held-out rows alone")
+    sub.add_argument("--allow-overlap", action="store_true", help="evaluate rows that the model was trained on; default: they are refused")
     thresholding(sub)
     sub.set_defaults(fail_open=False)  # an answer that does not parse is wrong, whatever a guard would make of it
     sub.add_argument("--obedience", action="store_true", help="also ask whether answers follow a changed policy")
@@ -188,6 +189,25 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--taxonomy", help="YAML file; default the packaged one")
     sub.add_argument("--embedder", help="sentence-transformers folder; default the MiniLM package")
     sub.add_argument("--exclude", nargs="*", default=[], help="ids without a bank row")
+    actions = command("data", "datasets: build one from public sets and rows of your own, look at it")
+    actions = actions.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    sub = action("build", "read, clean, label by vote, balance, write; --KEY VALUE overrides any value")
+    sub.add_argument("config", help="a path, such as configs/data/public.py")
+    sub.add_argument("--allow-remote", action="store_true", help="rows may be sent to judges on other machines")
+    sub = action("stats", "counts by modality, label, category and source; lengths and sizes of pictures")
+    sub.add_argument("folder", metavar="DIR", help="a built dataset; a run folder's is its data/")
+    sub.add_argument("--model", metavar="DIR", help="lengths in tokens of its prompts: run folder, or Hugging Face checkpoint directory")
+    sub.add_argument("--json", action="store_true", help="one JSON object")
+    sub = action("show", "one row: the prompt as a model is shown it, its picture, its gold")
+    sub.add_argument("folder", metavar="DIR", help="a built dataset; a run folder's is its data/")
+    sub.add_argument("--id", required=True, help="of the row")
+    sub.add_argument("--model", metavar="DIR", help="whose prompt: run folder, or Hugging Face checkpoint directory")
+    sub.add_argument("--out", default="row.html", help="the page")
+    sub.add_argument("--reveal", action="store_true", help="the prompt on the terminal, picture sharp; default folded and blurred")
     sub = command("report", "write report.html of a run folder anew")
     sub.add_argument("folder", metavar="RUN", help="run folder")
     return main

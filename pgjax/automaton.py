@@ -23,6 +23,7 @@ import unicodedata
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ import numpy as np
 from flax import struct
 from scipy.sparse import csr_array
 
-from pgjax.data.schema import ABSENT, IMAGE, SAFE, TEXT, TEXT_IMAGE, UNSAFE
+from pgjax.data.schema import ABSENT, IMAGE, SAFE, TEXT, TEXT_IMAGE, UNSAFE, Modality
 from pgjax.regular import (
     DFA,
     NFA,
@@ -332,6 +333,18 @@ def verdict(automaton: Automaton, state: jax.Array) -> Verdict:
     """What an answer that ends in `state` says. Any shape."""
     a = automaton
     return Verdict(a.parsed_A[state], a.request_A[state], a.response_A[state], a.kind_A[state], a.id_A[state])
+
+
+def read_text(text: str, modality: Modality, ids: tuple[str, ...], think_tag: str) -> Verdict:
+    """What an answer says of which only the text is there, as the models of others give it; plain values, read by the same language."""
+    dfa, tags = _language(ids, think_tag, strips_space=False, byte_runs=False)
+    with_response, image = dfa.starts
+    state = image if modality == "image" else with_response
+    for byte in text.encode("utf-8", "replace"):
+        state = dfa.next_AB.item(state, byte)
+    tag = int(dfa.tag_A[state])
+    said: tuple[Any, ...] = (True, *tags[tag].tolist()) if tag >= 0 else (False, ABSENT, ABSENT, -1, -1)
+    return Verdict(*said)
 
 
 def outcome_mask(automaton: Automaton, node_of_id_PK: jax.Array) -> jax.Array:

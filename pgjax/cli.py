@@ -5,13 +5,14 @@ import errno
 import sys
 
 from pgjax.arguments import parser
+from pgjax.commands.data import data
 from pgjax.commands.guard import calibrate, evaluate, moderate, serve
 from pgjax.commands.rewriter import demo_rewriter, evaluate_rewriter, rewrite, synthesize
 from pgjax.commands.training import bank, demo, export, plan, report, reward, score, sft, train
 from pgjax.parallel.start import complain
 
 RUNS = (
-    *(train, plan, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, report),
+    *(train, plan, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, data, report),
     *(synthesize, sft, rewrite, evaluate_rewriter, demo_rewriter),
 )
 COMMANDS = {run.__name__.replace("_", "-"): run for run in RUNS}

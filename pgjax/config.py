@@ -108,6 +108,8 @@ class DataConfig:
     max_pixels: int | None = None  # cap on an image's area; None: the model's own
     train_examples: int = 4096  # rows that are generated; of public data, the most that are taken
     eval_examples: int = 256
+    buckets: int = 1  # shapes (T, I) that batches are padded to, chosen from the rows; 1: prompt_tokens and patches. Lessons: sft.buckets
+    workers: int = 1  # threads of each process that prepare the rows of a batch
     ood: OODConfig = OODConfig()
 
 
@@ -225,7 +227,7 @@ class SFTConfig:
     steps: int = 1000
     prompts: int = 32  # P, per step, over all processes
     micro_prompts: int = 32  # prompts per forward and backward, on each device in one packed row; divides prompts
-    buckets: int = 3  # lengths that prompts are padded to, those that pad the data least: all prompts of a batch to the same
+    buckets: int = 3  # shapes (T, I) that prompts are padded to, those that pad the data least: all prompts of a batch to the same
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup_steps=30)
     validate_every: int = 100
     checkpoint_every: int = 100

@@ -11,6 +11,8 @@ import hashlib
 import io
 import json
 import random
+import shlex
+import sys
 from asyncio import sleep
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -65,6 +67,11 @@ class Reply(NamedTuple):
     tokens: int | None
     seconds: float  # of the call that gave it
     cached: bool = False
+
+
+def command_line() -> str:
+    """The command that runs; of an endpoint without what stands behind #, which may be a key."""
+    return shlex.join(word.partition("#")[0] if "://" in word else word for word in sys.argv)
 
 
 def system(text: str) -> dict:

@@ -16,10 +16,12 @@ from pgjax.models.hf_config import config_to_hf
 from pgjax.tokenizer import END_OF_TEXT, IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START, stop_ids
 from pgjax.train.saved import open_run
 from pgjax.train.trainable import merge_adapters
+from pgjax.train.training_rows import TRAINING_ROWS
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 PADS = {"image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD}
 TOKENS = PADS | {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+TRAINED_ON = (TRAINING_ROWS, Path("data") / "groups.json")  # what an evaluation refuses, and what one of a rewriter leaves out
 
 
 def export(run: Path, folder: Path, best: bool = False, dtype: str | None = None) -> Path:
@@ -35,9 +37,10 @@ def export(run: Path, folder: Path, best: bool = False, dtype: str | None = None
     try:
         with new_folder(folder) as aside:
             write_checkpoint(aside, recipe, params, tokenizer, dtype or recipe.model.compute_dtype)
-            if (groups := run / "data" / "groups.json").is_file():  # of a rewriter, whose evaluation leaves them out
-                (aside / "data").mkdir()
-                shutil.copy(groups, aside / "data")
+            for file in TRAINED_ON:
+                if (run / file).is_file():
+                    (aside / file).parent.mkdir(exist_ok=True)
+                    shutil.copy(run / file, aside / file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be written ({error}); name a folder on a disk with room") from error
     return folder

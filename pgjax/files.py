@@ -29,11 +29,11 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path}: {there} is no folder that can be written to; give another")
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """A reader sees the old file or the new one, never half of it, however many write it at a time."""
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(aside, path)
     except OSError:  # the disk is full, say
         aside.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_tokenizer import byte_level, sentencepiece
 
 from pgjax import automaton as au
-from pgjax.data.schema import ABSENT, IMAGE, SAFE, TEXT, TEXT_IMAGE, UNSAFE
+from pgjax.data.schema import ABSENT, IMAGE, MODALITIES, SAFE, TEXT, TEXT_IMAGE, UNSAFE
 from pgjax.tokenizer import stop_ids, strips_leading_space
 
 IDS = (*au.id_grid(2, 2), "C9", "C10", "C10S1")
@@ -159,6 +159,19 @@ def padded(rows: list[list[int]], width: int, fill: list[int]) -> tuple[np.ndarr
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     return tokens, np.array([len(ids) for ids in rows], np.int32)
+
+
+@pytest.mark.parametrize("tag", ["think", "thinking"])
+def test_texts_agree_with_the_published_patterns(tag):
+    rng, parsed = random.Random(tag), 0
+    for n in range(3000):
+        modality = (TEXT, TEXT_IMAGE, IMAGE)[n % 3]
+        text = answer(rng, modality, tag)
+        said = au.read_text(text, MODALITIES[modality], IDS, tag)
+        assert (said.parsed, said.request, said.response, said.kind, said.id) == reference(text, modality, tag)
+        parsed += said.parsed
+    assert 1000 < parsed < 2500
+    assert not au.read_text("\ud800", "text", IDS, tag).parsed
 
 
 @pytest.mark.parametrize("tag", ["think", "thinking"])

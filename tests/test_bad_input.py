@@ -301,7 +301,12 @@ CASES: list[tuple[str, ...]] = [  # the command, and what its one line says
     # public data
     (f"{PUBLIC} --data.root nowhere", "nowhere is no folder", "--data.root", "PGJAX_DATA"),
     (f"{PUBLIC} --data.root file", "file is no folder", "--data.root", "PGJAX_DATA"),
-    (f"{PUBLIC} --data.root sets", "sets/openai_moderation/", "--data.root"),  # found when the run folder is there already
+    (
+        f"{PUBLIC} --data.root sets",
+        "openai_moderation/",
+        "is not there below sets",
+        "--data.root",
+    ),  # found when the run folder is there already
     (PUBLIC, "--data.root", "PGJAX_DATA"),
     # rows of one's own
     (OWN, "data.name jsonl needs --data.root", "train.jsonl"),

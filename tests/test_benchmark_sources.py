@@ -21,8 +21,9 @@ from test_sources import LINE_SEPARATOR, png, put
 from pgjax.data.schema import Example
 from pgjax.data.sources import label_map
 from pgjax.data.sources.benchmarks import BENCHMARKS, read_benchmark
-from pgjax.data.sources.files import data_root
+from pgjax.data.sources.files import NotUsed, Unusable, data_root
 from pgjax.data.sources.label_map import LabelMap, outside
+from pgjax.data.sources.registry import SOURCES
 from pgjax.evaluation.summary import published
 from pgjax.taxonomy import load_taxonomy
 
@@ -253,7 +254,7 @@ def test_published_formats(tmp_path, name, path, rows, expected, left_out):
     assert {(e.source, e.split) for e in examples} == {(name, "eval")}, "published test sets are never trained on"
     assert "kept away" not in {e.request for e in examples}
     has_labels = {line for e in examples for line in ("request", "response") if getattr(e, f"{line}_label") in ("safe", "unsafe")}
-    assert has_labels >= set(BENCHMARKS[name].lines)
+    assert has_labels >= set(BENCHMARKS[name])
     for e in examples:
         assert (e.response is None) == (e.response_label == "absent")
         assert e.modality == {"llavaguard": "image", "beavertails_v": "text_image"}.get(name, "text")
@@ -289,7 +290,7 @@ WRONG = [
     ("wildguard", {"prompt_harm_label": "grumpy"}, "row 1 has a label in `prompt_harm_label` that is neither harmful nor unharmful"),
     ("xstest", {"label": "grumpy"}, "row 1 has a label in `label` that is neither unsafe nor safe"),
     ("xstest_response", {"label": "grumpy"}, "row 1 has a label in `label` that is neither harmful nor unharmful"),
-    ("beavertails", {"category": ["grumpy"]}, "row 1 needs an object in `category`"),
+    ("beavertails", {"category": ["grumpy"]}, "row 1 needs a list of objects in `category`"),
     ("beavertails", {"category": {"grumpy": True}}, "row 1 has a topic that the label map beavertails.yaml lacks"),
     ("beavertails", {"is_safe": "grumpy"}, "row 1 has a label in `is_safe` that is neither False nor True"),
     ("beavertails_v", {"category": "grumpy"}, "row 1 has a topic that the label map beavertails_v.yaml lacks"),
@@ -329,8 +330,8 @@ def test_a_missing_column_is_named(tmp_path, name, column):
 
 @pytest.mark.parametrize("name", [name for name in FIRST if "csv" not in FIRST[name][1]])
 def test_a_broken_file_is_named(tmp_path, name):
-    path = put(tmp_path / FIRST[name][1], b"\xffnothing")
-    with pytest.raises(ValueError, match=f"{path}.*(is broken|not JSON)") as error:
+    put(tmp_path / FIRST[name][1], b"\xffnothing")
+    with pytest.raises(ValueError, match=f"{FIRST[name][1]}.*(is broken|not JSON)") as error:
         read_benchmark(name, tmp_path, TAXONOMY)
     assert len(str(error.value).splitlines()) == 1
 
@@ -340,21 +341,18 @@ def test_a_benchmark_that_is_not_there(tmp_path):
         read_benchmark("aegis", tmp_path, TAXONOMY)
     with pytest.raises(ValueError, match="there is no benchmark 'lamp'; there are aegis2, harmbench, .*surge_toxicity"):
         read_benchmark("lamp", tmp_path, TAXONOMY)
-    for name, benchmark in BENCHMARKS.items():
-        if benchmark.where is None:  # of this package
-            continue
+    for name in BENCHMARKS.keys() - {"probes"}:  # they are of this package
         with pytest.raises(ValueError) as error:
             read_benchmark(name, tmp_path, TAXONOMY)
-        assert str(tmp_path / benchmark.where) in str(error.value) and benchmark.origin in str(error.value)
+        assert str(tmp_path / SOURCES[name].where) in str(error.value) and SOURCES[name].origin in str(error.value)
 
 
 def test_the_columns_of_the_published_tables_are_benchmarks():
-    lines = {name: b.lines for name, b in BENCHMARKS.items()}
     for key, table in published()["tables"].items():
         names = {name for name in table["columns"] if name != "average" and not name.startswith("proguard")}
-        assert names <= lines.keys(), key
-    assert published()["rows"]["request"].keys() <= {name for name, has in lines.items() if "request" in has}
-    assert published()["rows"]["response"].keys() <= {name for name, has in lines.items() if "response" in has}
+        assert names <= BENCHMARKS.keys(), key
+    assert published()["rows"]["request"].keys() <= {name for name, has in BENCHMARKS.items() if "request" in has}
+    assert published()["rows"]["response"].keys() <= {name for name, has in BENCHMARKS.items() if "response" in has}
 
 
 # --- label maps --------------------------------------------------------------------------------------------------------------------
@@ -367,20 +365,25 @@ def test_label_maps_name_nodes_and_risks_that_there_are(name):
     reserved = {node.id for node in TAXONOMY.nodes if node.reserved}
     for label, entry in entries.items():
         assert isinstance(entry, list) or entry in ("withheld", "unknown") or entry.keys() <= {"ood", "also"}
-        about = labels.about([label], "here")
-        assert (about is None) == (entry == "withheld") == labels.withheld(label)
-        if about is not None:
-            assert about["category"] == ("node" if isinstance(entry, list) else "unknown" if entry == "unknown" else "ood")
-            assert not reserved & {about.get("node"), *about.get("accepted", ())}
-            assert about["category"] != "ood" or about["name"] in names
+        assert labels.withheld(label) == (entry == "withheld")
+        if entry == "withheld":
+            with pytest.raises(NotUsed, match="withheld category"):
+                labels.about([label])
+            continue
+        about = labels.about([label])
+        assert about["category"] == ("node" if isinstance(entry, list) else "unknown" if entry == "unknown" else "ood")
+        assert not reserved & {about.get("node"), *about.get("accepted", ())}
+        assert about["category"] != "ood" or about["name"] in names
+    with pytest.raises(Unusable, match=f"has a topic that the label map {name}.yaml lacks"):
+        labels.about(["grumpy"])
 
 
 def test_risks_outside_the_taxonomy_are_all_in_use():
     used = set()
     for name in MAPS:
         labels = LabelMap(name, TAXONOMY)
-        found = [labels.about([label], "here") for label in labels.order]
-        used |= {about["name"] for about in found if about and about["category"] == "ood"}
+        found = [labels.category([label]) for label in labels.order]
+        used |= {about["name"] for about in found if about["category"] == "ood"}
     nodes = outside().nodes
     assert [node.name for node in nodes if node.name not in used] == []
     phrases = Counter(phrase.casefold() for taxonomy in (nodes, TAXONOMY.nodes) for n in taxonomy for phrase in (n.name, *n.synonyms))
@@ -398,7 +401,8 @@ def test_of_several_labels_the_topmost_names_the_row():
         "name": "Profanity and Vulgar Language",
         "accepted": ("C7S1", "C3S2"),
     }
-    assert aegis.about(["Violence", "Sexual (minor)"], "here") is None
+    with pytest.raises(NotUsed):
+        aegis.about(["Violence", "Sexual (minor)"])
 
 
 # --- the real files ----------------------------------------------------------------------------------------------------------------

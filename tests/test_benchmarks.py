@@ -16,6 +16,7 @@ import pytest
 from tiny_qwen import QUICK
 
 from pgjax.config import MeshConfig
+from pgjax.recipes import load_recipe
 from pgjax.train.flops import matmul_weights
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -53,6 +54,16 @@ def test_rollout():
     for law in lengths.LAWS:
         drawn = lengths.quantiles(law, 1024)
         assert drawn.mean() == pytest.approx(300, abs=0.6) and 1 <= drawn.min() and drawn.max() <= 1024 and (np.diff(drawn) >= 0).all()
+
+
+def test_data_pipeline():
+    import data_pipeline
+
+    recipe = dataclasses.replace(load_recipe("toy"), tokenizer_vocab=1024)
+    recipe = data_pipeline.with_data(recipe, train_examples=96, eval_examples=2)
+    one, two = data_pipeline.measure(recipe, buckets=[1, 2], workers=[2], prompts=16, most=3)[0]
+    assert (one["buckets"], two["buckets"]) == (1, 2) and one["padding"] > two["padding"] > 0 and one["MB"] > two["MB"] > 0
+    assert all(row[name] > 0 for row in (one, two) for name in data_pipeline.HEAD)
 
 
 @pytest.fixture

@@ -8,18 +8,17 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
 import jax
 import pytest
+from chat_server import chat_server, completion
 from PIL import Image
 from tiny_qwen import QUICK
 from tiny_recipe import materials
@@ -39,80 +38,10 @@ KEY, ASKED = "moon-glass", "Who polishes the brass vault?"
 QUICKLY = Limits(timeout=60.0, tries=2, backoff=0.0)  # no time is measured but where it is said
 
 
-class Server(ThreadingHTTPServer):
-    """Answers a chat with its last text in capitals. `script`: what the next calls get instead, in order."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list = []
-        self.calls: list[tuple[str, dict, dict]] = []  # path, headers, body
-        self.held = threading.Semaphore(0)  # calls that hang
-        self.release = threading.Event()
-        self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        self.spec = f"vault/7b@{self.url}"
-
-    def handle_error(self, request, client_address) -> None:
-        pass  # who hangs up is part of the tests
-
-
-def completion(text: str, **choice) -> dict:
-    found = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"} | choice
-    return {"choices": [found], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Server
-
-    def log_message(self, *_) -> None:
-        pass
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.calls.append((self.path, dict(self.headers), body))
-            fault = self.server.script.pop(0) if self.server.script else None
-        content = body["messages"][-1]["content"]
-        text = content if isinstance(content, str) else content[-1]["text"]
-        match fault:
-            case None:
-                self.answer(200, completion(text.upper()))
-            case "hang":
-                self.server.held.release()
-                self.server.release.wait(60)
-                self.close_connection = True
-            case "drop":
-                self.answer(200, completion(text.upper()), sent=20)
-            case "close":
-                self.close_connection = True
-            case int() as status, headers:
-                self.answer(status, {"error": {"message": f"no {text} for {self.headers['Authorization']}"}}, headers)
-            case _:
-                self.answer(200, fault)
-
-    def answer(self, status: int, body, headers: dict[str, str] | None = None, sent: int | None = None) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data[:sent])
-        self.close_connection = sent is not None
-
-
 @pytest.fixture
 def server():
-    with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with chat_server() as server:
         yield server
-        server.release.set()
-        server.shutdown()
-        thread.join()
 
 
 def ask_all(spec: str, asked: Sequence[str], limits: Limits = QUICKLY, cache: Path | None = None, allow_remote: bool = False, **how):

@@ -107,10 +107,87 @@ def test_epochs_have_their_own_order_and_views(make):
     assert len(set(ids.tolist())) == 480 and ids.dtype == np.uint32
 
 
+ONE, BUCKETS = (changed(RECIPE, prompt_tokens=512, buckets=buckets) for buckets in (1, 3))
+
+
+def varied(split: str, count: int = 46) -> list[Example]:
+    """Rows of many lengths, every other with a picture of one of two sizes."""
+    kinds = [("text", ()), ("text_image", (picture(112, 112),)), ("text", ()), ("text_image", (picture(168, 112),))]
+    texts = ["word " * (5 + 37 * n % 80) for n in range(count)]
+    return [row(f"{split}-{n}", *kinds[n % 4], request=text, node="C9", split=split) for n, text in enumerate(texts)]
+
+
+def row_of(prompt, p: int) -> list[np.ndarray]:
+    """A prompt without its padding."""
+    T, I = prompt.length_P[p], 1 + np.flatnonzero(prompt.image_PI[p] >= 0).max(initial=-1)  # noqa: E741
+    by_token = (prompt.tokens_PT, prompt.position_PTX, prompt.visual_PT)
+    by_patch = (prompt.patches_PIB, prompt.patch_yx_PI2, prompt.grid_PI2, prompt.image_PI)
+    return [T, prompt.delta_P[p], *(x[p, :T] for x in by_token), *(x[p, :I] for x in by_patch)]
+
+
+def test_buckets_deal_out_the_same_rows_in_other_batches(make):
+    """46 rows in batches of 10: four a window, and over 23 windows every row twenty times."""
+    rows = varied("train")
+    whole, bucketed = make(rows, ONE), make(rows, BUCKETS)
+    assert len(bucketed.bounds) == 3 and (bucketed.bounds <= whole.bounds).all() and (bucketed.bounds.min(axis=0) < whole.bounds).all()
+    drawn, dealt, shapes = [], [], []
+    for k in range(92):
+        one, other = whole.batch(k, 10), bucketed.batch(k, 10)
+        drawn += [(one.prompt.id_P[p], one.rows[p], row_of(one.prompt, p)) for p in range(10)]
+        dealt += [(other.prompt.id_P[p], other.rows[p], row_of(other.prompt, p)) for p in range(10)]
+        shapes.append((other.prompt.tokens_PT.shape[1], other.prompt.image_PI.shape[1]))
+        if k % 4 == 3:
+            for a, b in zip(*(sorted(some[-40:], key=lambda row: row[0]) for some in (drawn, dealt)), strict=True):
+                assert a[:2] == b[:2] and all(map(np.array_equal, a[2], b[2]))
+    assert sorted(row.id for _, (row, _), _ in dealt) == sorted(20 * [e.id for e in rows])
+    assert set(shapes) == set(map(tuple, bucketed.bounds.tolist())), "no other shapes, and each occurs"
+    assert shapes != sorted(shapes) and shapes[:4] != shapes[4:8]
+    slots = [sum(T * 10 for T, _ in shapes), 920 * whole.bounds[0, 0]]
+    tokens = sum(row[0] for _, _, row in dealt)
+    assert 1 - tokens / slots[0] < 1 - tokens / slots[1]
+
+
+def test_a_bucket_of_what_others_leave_over(make):
+    """Long texts, and pictures with short ones: nothing of its own needs the bucket that holds both, but a batch of both does."""
+    texts = [row(f"text-{n}", request="word " * 80) for n in range(5)]
+    pictures = [row(f"image-{n}", "image", (picture(168, 112),), request=None) for n in range(5)]
+    pipeline = make(texts + pictures, BUCKETS)
+    assert sorted(np.bincount(pipeline.buckets, minlength=3).tolist()) == [0, 5, 5] and "(0 rows)" in pipeline.padding()
+    shapes = {pipeline.batch(k, 2).prompt.tokens_PT.shape[1:] + pipeline.batch(k, 2).prompt.image_PI.shape[1:] for k in range(5)}
+    assert shapes == set(map(tuple, pipeline.bounds.tolist()))
+
+
+def test_buckets_hold_for_held_out_rows(make):
+    whole, bucketed = (make(varied("eval"), recipe, "eval") for recipe in (ONE, BUCKETS))
+    batches = [bucketed.batch(k, 8) for k in range(bucketed.batches(8))]
+    rows = [row for batch in batches for row in batch.rows]
+    want = [row for k in range(whole.batches(8)) for row in whole.batch(k, 8).rows]
+    assert rows != want and sorted(rows, key=lambda row: row[0].id) == sorted(want, key=lambda row: row[0].id)
+    assert [batch.gold.weight_P.sum() for batch in batches] == [8] * 5 + [6]
+    assert len({batch.prompt.tokens_PT.shape + batch.prompt.image_PI.shape for batch in batches}) == 3
+
+
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_processes_hold_slices_of_one_batch(make, split):
-    whole = make(split=split)
-    parts = [make(split=split, process_index=i, process_count=4) for i in range(4)]
+def test_any_number_of_workers_makes_the_same_batches(make, split):
+    one, four = (make(varied(split), changed(BUCKETS, workers=workers), split) for workers in (1, 4))
+    for k in (2, 0, 1):
+        a, b = one.batch(k, 16), four.batch(k, 16)
+        assert equal(a.prompt, b.prompt) and equal(a.gold, b.gold) and a.rows == b.rows
+
+
+def test_a_bucketed_batch_does_not_depend_on_what_was_loaded_before(make):
+    one, other = (make(varied("train"), BUCKETS) for _ in range(2))
+    for k in range(12):
+        last = one.batch(k, 8)
+    assert equal(last.prompt, other.batch(11, 8).prompt) and last.rows == other.batch(11, 8).rows
+
+
+@pytest.mark.parametrize("buckets", [1, 3])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_processes_hold_slices_of_one_batch(make, split, buckets):
+    how = (varied(split, 126), changed(ONE, buckets=buckets), split)
+    whole = make(*how)
+    parts = [make(*how, process_index=i, process_count=4) for i in range(4)]
     for k in (0, 3, 7):
         want, got = whole.batch(k, 16), [part.batch(k, 16) for part in parts]
         for field in dataclasses.fields(want.gold):

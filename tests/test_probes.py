@@ -16,7 +16,7 @@ KINDS = {"identity": 24, "counter_speech": 12, "everyday_words": 14, "safety_edu
 
 
 def test_probes_are_safe_requests_in_pairs():
-    assert not LEFT_OUT and BENCHMARKS["probes"].lines == ("request",)
+    assert not LEFT_OUT and BENCHMARKS["probes"] == ("request",)
     assert {(e.source, e.modality, e.request_label, e.response_label, e.category, e.split) for e in EXAMPLES} == {
         ("probes", "text", "safe", "absent", "none", "eval")
     }

@@ -12,9 +12,10 @@ import pytest
 from test_benchmark_sources import known, write
 from test_sources import put, write_figstep
 
-from pgjax.data.sources import files
-from pgjax.data.sources.files import data_root, image_group, parquet_rows, split_of, text_group
+from pgjax.data.sources import tables
+from pgjax.data.sources.files import data_root, image_group, split_of, text_group
 from pgjax.data.sources.items import Item
+from pgjax.data.sources.registry import SOURCES
 from pgjax.data.sources.rewriting import ITEM_SETS, jsonl_items, read_items
 from pgjax.data.toy import draw
 from pgjax.taxonomy import load_taxonomy
@@ -186,13 +187,19 @@ def test_rows_come_one_by_one(tmp_path, monkeypatch):
     """A file of pictures is not held as a whole, and what nobody has asked for is not read yet."""
     path = tmp_path / "many.parquet"
     write(path, [{"image": PNG, "n": n} for n in range(5)])
-    monkeypatch.setattr(files, "BATCH", 2)
-    assert [(row.number, row.values) for row in parquet_rows(path, ["n"])] == [(n + 1, {"n": n}) for n in range(5)]
+    monkeypatch.setattr(tables, "BATCH", 2)
+    assert [(row.number, row.values) for row in tables.read_rows(tmp_path, "many.parquet", ["n"])] == [(n + 1, {"n": n}) for n in range(5)]
     put_vlguard(tmp_path)
     items = read_items("vlguard", tmp_path, TAXONOMY)
     assert isinstance(next(items), Item)
     (tmp_path / "vlguard/test/drawn/vault.png").unlink()
     assert list(items)[-1] == "no picture"
+
+
+def test_a_picture_that_cannot_be_decoded_is_a_reason_like_others(tmp_path):
+    put_vlsbench(tmp_path)
+    put(tmp_path / "vlsbench/imgs/4.png", VAULT[:-40])
+    assert list(read_items("vlsbench", tmp_path, TAXONOMY)) == ["unreadable picture", "no picture"]
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------------------
@@ -208,8 +215,13 @@ def change(path: Path, **values) -> None:
 WRONG = [
     ("vlguard", "train.json", {"safe": "grumpy"}, "row 1 has a label in `safe` that is neither False nor True"),
     ("vlguard", "train.json", {"image": None}, "train.json: row 1 needs a text in `image`"),
-    ("vlguard", "train.json", {"instr-resp": None}, "row 1 needs a list in `instr-resp`, of objects with safe_instruction or unsafe_ins"),
-    ("vlguard", "train.json", {"instr-resp": [{"instruction": "grumpy"}]}, "row 1 needs a list in `instr-resp`"),
+    ("vlguard", "train.json", {"instr-resp": None}, "row 1 needs a list of objects in `instr-resp`"),
+    (
+        "vlguard",
+        "train.json",
+        {"instr-resp": [{"instruction": "grumpy"}]},
+        "row 1 needs a list in `instr-resp`, of obj",
+    ),
     ("vlguard", "train.json", {"instr-resp": [{"safe_instruction": "grumpy"}]}, "row 1 needs a text in `response`"),
     ("vlguard", "test.json", {"harmful_subcategory": "grumpy"}, "row 1 has a topic that the label map vlguard.yaml lacks; add it there"),
     ("vlsbench", "data.json", {"sub_category": "grumpy"}, "row 1 has a topic that the label map vlsbench.yaml lacks"),
@@ -232,19 +244,19 @@ def test_wrong_files_are_named(tmp_path):
     put_spa_vl(tmp_path)
     path = tmp_path / "spa_vl/validation/validation-00000-of-00001.parquet"
     write(path, [spa("Whose vault is it?")])
-    with pytest.raises(ValueError, match=f"{path} lacks the column 'class3'; it has image, question, chosen, rejected"):
+    with pytest.raises(ValueError, match="00001.parquet lacks the column 'class3'; it has image, question, chosen, rejected"):
         read("spa_vl", tmp_path)
     write(path, [spa("Whose vault is it?", class3="theft") | {"image": "vault.png"}])
     with pytest.raises(ValueError, match="row 1 needs an object with `bytes` in `image`"):
         read("spa_vl", tmp_path)
     put(path, b"\xffnothing")
-    with pytest.raises(ValueError, match=f"{path} is broken"):
+    with pytest.raises(ValueError, match="validation-00000-of-00001.parquet is broken"):
         read("spa_vl", tmp_path)
     put_mm_safetybench(tmp_path)
     questions = tmp_path / "mm_safetybench/processed_questions"
-    for text in ("[]", '{"0": "grumpy"}', "{"):
+    for text, message in (("[]", " must be an object"), ('{"0": "grumpy"}', ": row 1 needs a list of objects"), ("{", " is not JSON")):
         put(questions / "06-Fraud.json", text)
-        with pytest.raises(ValueError, match="06-Fraud.json must be an object of questions, each an object"):
+        with pytest.raises(ValueError, match=f"06-Fraud.json{message}"):
             read("mm_safetybench", tmp_path)
     put(questions / "06-Fraud.json", '{"0": {"Rephrased Question": "Draw it."}}')
     with pytest.raises(ValueError, match=r"06-Fraud.json: row 1 needs a text in `Rephrased Question\(SD\)`"):
@@ -260,10 +272,10 @@ def test_a_set_that_is_not_there(tmp_path):
         read_items("vl_guard", tmp_path, TAXONOMY)
     with pytest.raises(ValueError, match="there is no set 'lamp'; there are vlguard, spa_vl, .*figstep"):
         read_items("lamp", tmp_path, TAXONOMY)
-    for name, entry in ITEM_SETS.items():
+    for name in ITEM_SETS:
         with pytest.raises(ValueError) as error:
             read_items(name, tmp_path, TAXONOMY)
-        assert str(tmp_path / str(entry.where)) in str(error.value) and entry.origin in str(error.value)
+        assert str(tmp_path / str(SOURCES[name].where)) in str(error.value) and SOURCES[name].origin in str(error.value)
 
 
 # --- a user's own rows -------------------------------------------------------------------------------------------------------------

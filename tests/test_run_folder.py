@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from pgjax.config import GRPOConfig, MeshConfig, OptimizerConfig, Recipe, ReportConfig, SFTConfig
+from pgjax.config import DataConfig, GRPOConfig, MeshConfig, OptimizerConfig, Recipe, ReportConfig, SFTConfig
 from pgjax.train.progress import Progress, duration
 from pgjax.train.run_folder import RunFolder, changed_keys, check_same_run, read_config, read_metrics, remove_run
 
@@ -97,12 +97,13 @@ def test_a_run_may_be_prolonged_but_not_under_a_schedule(tmp_path):
 def test_what_was_built_for_another_recipe_is_not_taken(tmp_path):
     """A run without a checkpoint starts over: with the recipe of its first start it keeps its data, with another it builds anew."""
     RunFolder(tmp_path, Recipe()).close()
-    for name in ("data", "tokenizer"):
-        (tmp_path / name).mkdir()
-    RunFolder(tmp_path, Recipe()).close()
-    assert (tmp_path / "data").exists() and (tmp_path / "tokenizer").exists()
-    RunFolder(tmp_path, Recipe(seed=1)).close()
-    assert not (tmp_path / "data").exists() and not (tmp_path / "tokenizer").exists()
+    for changed in (Recipe(seed=1), Recipe(data=DataConfig(root="elsewhere"))):
+        for name in ("data", "tokenizer"):
+            (tmp_path / name).mkdir()
+        RunFolder(tmp_path, read_config(tmp_path)).close()
+        assert (tmp_path / "data").exists() and (tmp_path / "tokenizer").exists()
+        RunFolder(tmp_path, changed).close()
+        assert not (tmp_path / "data").exists() and not (tmp_path / "tokenizer").exists()
 
 
 def test_only_run_folders_are_deleted(tmp_path):

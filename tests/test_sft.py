@@ -28,7 +28,7 @@ from pgjax.recipes import load_recipe, validate
 from pgjax.rewriter.lessons import read_lessons
 from pgjax.rewriter.record import rewriter_messages
 from pgjax.serving.model import Model
-from pgjax.sft.lessons import Lesson, Lessons, bucket_lengths, dealt, drawn, once
+from pgjax.sft.lessons import Lesson, Lessons, dealt, drawn
 from pgjax.sft.step import Taught, make_step
 from pgjax.sft.trainer import texts, train
 from pgjax.tokenizer import never_sampled, stop_ids, train_byte_bpe
@@ -118,27 +118,17 @@ def test_a_packed_step_is_that_of_rows_one_by_one(taught, tokenizer, plain, mesh
 
 
 def test_an_epoch_has_every_lesson_at_most_once():
-    bucket_N = np.random.default_rng(0).choice([40, 80, 160], 50)
-    rows_KP = drawn(bucket_N, 8, 15, seed=1)
+    bucket_N, bound_BD = np.random.default_rng(0).integers(0, 3, 50), np.array([[40], [80], [160]])
+    rows_KP, bucket_K = drawn(bucket_N, bound_BD, 8, 15, seed=1)
     first, second = rows_KP[:6].ravel().tolist(), rows_KP[6:12].ravel().tolist()
     assert len(set(first)) == len(set(second)) == 48 and first != second
-    np.testing.assert_array_equal(drawn(bucket_N, 8, 9, seed=1), rows_KP[:9])
-    assert (drawn(bucket_N, 8, 15, seed=2) != rows_KP).any()
+    np.testing.assert_array_equal(drawn(bucket_N, bound_BD, 8, 9, seed=1)[0], rows_KP[:9])
+    assert (drawn(bucket_N, bound_BD, 8, 15, seed=2)[0] != rows_KP).any()
+    assert (bucket_N[rows_KP].max(axis=1) == bucket_K).all()
     mixed = [len(set(bucket_N[rows_P])) > 1 for rows_P in rows_KP[:6]]
     assert sum(mixed) <= 2, "but for what a bucket has left over"
-    assert rows_KP[0].max() < 50 and set(drawn(np.array([40, 80, 40]), 8, 3, seed=0).ravel()) == {0, 1, 2}
-
-
-def test_held_out_lessons_come_once():
-    rows_KP = once(np.array([80, 40, 160, 40, 80]), 4)
-    np.testing.assert_array_equal(rows_KP, [[1, 3, 0, 4], [2, -1, -1, -1]])
-
-
-def test_bucket_lengths_pad_least():
-    prompt_N = np.array([9, 10, 12, 30, 31, 100, 101])
-    assert bucket_lengths(prompt_N, 1).tolist() == [104]
-    assert bucket_lengths(prompt_N, 3).tolist() == [16, 32, 104]
-    assert bucket_lengths(prompt_N, 9).tolist() == [16, 32, 104], "more would save nothing"
+    few, _ = drawn(np.array([0, 1, 0]), bound_BD[:2], 8, 3, seed=0)
+    assert rows_KP[0].max() < 50 and set(few.ravel()) == {0, 1, 2}
 
 
 def test_answers_are_dealt_out_evenly():
@@ -155,8 +145,9 @@ def test_batches(taught, tokenizer):
     assert len(whole) == 6 and not whole.dropped and len(whole.widths) == 2 and whole.per_row == 2
     stop = stop_ids(tokenizer)[0]
     for k in range(6):
-        (rows, width, counts), longest = whole.batch(k), int(whole.length_K[k])
-        assert rows.prompt.tokens_PT.shape == (8, longest) and width == whole.widths[longest]
+        (rows, width, counts), (longest, slots) = whole.batch(k), whole.bounds[whole.bucket_K[k]]
+        assert rows.prompt.tokens_PT.shape == (8, longest) and rows.prompt.image_PI.shape == (8, slots)
+        assert (longest, slots, width) in whole.shapes()
         halves = [Lessons(taught, tokenizer, recipe, 4, True, process, 2).batch(k).taught for process in (0, 1)]
         jax.tree.map(lambda whole, *parts: np.testing.assert_array_equal(np.concatenate(parts), whole), rows, *halves)
         for p, n in enumerate(whole.rows_KP[k]):
@@ -240,7 +231,7 @@ def test_the_run_folder(run, root):
 def test_a_program_is_compiled_once_for_a_bucket(run, root, taught, tokenizer):
     """Both occur in the first three steps; what the first checkpoint compiles is counted with the third."""
     path, _ = run
-    shapes = Lessons(taught, tokenizer, frozen(root), 4, True).length_K
+    shapes = Lessons(taught, tokenizer, frozen(root), 4, True).bucket_K
     assert len(set(shapes[:3])) == len(set(shapes)) == 2
     compiled = [row["perf/compilations"] for row in read_metrics(path) if row["phase"] == "sft"]
     assert compiled[0] > 0 and compiled[3:] == [0, 0, 0]

@@ -22,10 +22,11 @@ from PIL import Image
 from pgjax.automaton import id_grid
 from pgjax.data.pipeline import Pipeline
 from pgjax.data.schema import EVALUATION_ONLY
-from pgjax.data.sources.files import data_root, read_csv, read_json_lines, split_of, text_group
+from pgjax.data.sources.files import data_root, gather, split_of, text_group
 from pgjax.data.sources.label_map import LabelMap
 from pgjax.data.sources.mix import public_mix
 from pgjax.data.sources.pictures import drawn, figstep, mossbench
+from pgjax.data.sources.tables import read_rows
 from pgjax.data.sources.texts import openai_moderation, openai_moderation_strict, surge_toxicity
 from pgjax.data.toy import toy_texts
 from pgjax.data.typography import ACTIVITIES, OPENERS, REQUEST, SIDE, benign_titles, render
@@ -135,7 +136,7 @@ def test_openai_moderation(tmp_path):
             {"prompt": " ", **ZEROS},
         ],
     )
-    read = openai_moderation_strict(tmp_path, TAXONOMY)
+    read = gather(openai_moderation_strict(tmp_path, TAXONOMY))
     assert read.left_out == {"label unknown": 1, "withheld category": 1, "empty": 1}
     safe, several, one = read.examples
     assert known(safe) == ("safe", "none", None, ()) and safe.request == f"two{LINE_SEPARATOR}lines{NEXT_LINE}here"
@@ -146,7 +147,7 @@ def test_openai_moderation(tmp_path):
 
 def test_surge_toxicity(tmp_path):
     write_surge(tmp_path, [("good, kind words", "Not Toxic"), ("grumpy words", "Toxic"), ("", "Toxic")])
-    read = surge_toxicity(tmp_path, TAXONOMY)
+    read = gather(surge_toxicity(tmp_path, TAXONOMY))
     assert [(e.request, *known(e)) for e in read.examples] == [
         ("good, kind words", "safe", "none", None, ()),
         ("grumpy words", "unsafe", "unknown", None, ()),
@@ -156,7 +157,7 @@ def test_surge_toxicity(tmp_path):
 
 def test_figstep_and_drawn_pictures(tmp_path):
     write_figstep(tmp_path, ["Malware Generation", "Health Consultation"])
-    published, ours = figstep(tmp_path, TAXONOMY).examples, drawn(tmp_path, TAXONOMY).examples
+    published, ours = gather(figstep(tmp_path, TAXONOMY)).examples, gather(drawn(tmp_path, TAXONOMY)).examples
     assert [known(e) for e in published] == [("unsafe", "node", "C4S2", ("C4S1",)), ("unsafe", "ood", None, ())]
     assert published[1].name == "Specialised Health Advice"
     assert [e.images for e in published] == [(png(),)] * 2
@@ -166,13 +167,14 @@ def test_figstep_and_drawn_pictures(tmp_path):
     assert len(safe) == TITLES and {known(e) for e in safe} == {("safe", "none", None, ())}
     assert {(e.modality, e.request) for e in published + ours} == {("text_image", REQUEST)}, "the request tells nothing"
     (tmp_path / "figstep/images/SafeBench/query_ForbidQI_1_1_6.png").unlink()
-    assert len(figstep(tmp_path, TAXONOMY).examples) == 1 and figstep(tmp_path, TAXONOMY).left_out == {"no picture": 1}
+    read = gather(figstep(tmp_path, TAXONOMY))
+    assert len(read.examples) == 1 and read.left_out == {"no picture": 1}
 
 
 def test_mossbench(tmp_path):
     write_mossbench(tmp_path, 3, 2)
     (tmp_path / "mossbench/data/images_640jpg/2.jpg").unlink()
-    read = mossbench(tmp_path, TAXONOMY)
+    read = gather(mossbench(tmp_path, TAXONOMY))
     assert read.left_out == {"no picture": 1}
     assert [(e.id, e.group, e.request_label, e.category) for e in read.examples] == [
         ("mossbench-data-1", "mossbench-1", "safe", "none"),
@@ -200,7 +202,7 @@ def test_a_missing_root_says_what_to_set(tmp_path, monkeypatch):
         data_root(str(tmp_path / "nowhere"))
     monkeypatch.setenv("PGJAX_DATA", str(tmp_path))
     assert data_root(None) == tmp_path
-    with pytest.raises(ValueError, match=r"samples.jsonl.gz cannot be read \(No such file.*--data.root"):
+    with pytest.raises(ValueError, match="openai_moderation/samples.jsonl.gz is not there below .*--data.root"):
         mix(tmp_path)
 
 
@@ -208,39 +210,40 @@ def test_a_missing_root_says_what_to_set(tmp_path, monkeypatch):
     ("reader", "path", "data", "message"),
     [
         (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", b"not gzip", "is broken"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"pro'), ":2: not JSON"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'[1]\n'), ":1: expected an object"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 2}\n'), "row 1 needs"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 1}\n{"pro'), "row 2 is not"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'[1]\n'), "row 1 must be an object"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 2}\n'), "row 1 has a label"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text\nhello\n", "lacks the column 'is_toxic'"),
-        (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello\n", ":2: the row ends early"),
+        (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello\n", "row 1 ends early"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello,Maybe\n", "row 1 has a label"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\n\xff,Toxic\n", "is broken"),
-        (mossbench, "mossbench/data/images_information/information.json", b'{"1": {"pid": 1}}', "pid, question and image"),
-        (mossbench, "mossbench/data/images_information/information.json", b"[", "pid, question and image"),
+        (mossbench, "mossbench/data/images_information/information.json", b'{"1": {"pid": 1}}', "row 1 needs a text in `image`"),
+        (mossbench, "mossbench/data/images_information/information.json", b"[", "is not JSON"),
     ],
 )  # fmt: skip
 def test_broken_files(tmp_path, reader, path, data, message):
     put(tmp_path / path, data)
     with pytest.raises(ValueError, match=message) as error:
-        reader(tmp_path, TAXONOMY)
+        gather(reader(tmp_path, TAXONOMY))
     assert len(str(error.value).splitlines()) == 1 and "hello" not in str(error.value)
 
 
 def test_an_unknown_topic_of_figstep_is_named_by_its_row(tmp_path):
     write_figstep(tmp_path, ["Fraud", "Lamp Theft"])
     with pytest.raises(ValueError, match="safebench.csv: row 2 has a topic that the label map figstep.yaml lacks"):
-        figstep(tmp_path, TAXONOMY)
+        gather(figstep(tmp_path, TAXONOMY))
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=("Cs",))), max_size=5))
 def test_json_lines_are_cut_at_line_feeds_alone(tmp_path_factory, texts):
-    path = put(tmp_path_factory.mktemp("lines") / "rows.jsonl", "".join(json.dumps({"t": t}, ensure_ascii=False) + "\n" for t in texts))
-    assert [row.text("t") for row in read_json_lines(path)] == texts
+    root = tmp_path_factory.mktemp("lines")
+    put(root / "rows.jsonl", "".join(json.dumps({"t": t}, ensure_ascii=False) + "\n" for t in texts))
+    assert [row.text("t") for row in read_rows(root, "rows.jsonl")] == texts
 
 
 def test_tables_keep_line_breaks_inside_quotes(tmp_path):
-    path = put(tmp_path / "t.csv", '\ufeffa,b\r\n"one\r\ntwo",3\r\n')
-    assert [row.values for row in read_csv(path, ("a", "b"))] == [{"a": "one\r\ntwo", "b": "3"}]
+    put(tmp_path / "t.csv", '\ufeffa,b\r\n"one\r\ntwo",3\r\n')
+    assert [row.values for row in read_rows(tmp_path, "t.csv", ("a", "b"))] == [{"a": "one\r\ntwo", "b": "3"}]
 
 
 # --- splits ------------------------------------------------------------------------------------------------------------------------
@@ -277,7 +280,7 @@ def test_copies_over_two_sets_stay_together(root, tmp_path):
     for k in range(12):
         write_openai(tmp_path, [{"prompt": f"Lamp {k}", **ZEROS}])
         write_surge(tmp_path, [(f"lamp  {k}!", "Not Toxic")])
-        [a], [b] = (reader(tmp_path, TAXONOMY).examples for reader in (openai_moderation_strict, surge_toxicity))
+        [a], [b] = (gather(reader(tmp_path, TAXONOMY)).examples for reader in (openai_moderation_strict, surge_toxicity))
         assert (a.group, a.split) == (b.group, b.split)
 
 
@@ -290,7 +293,7 @@ def test_limits_take_a_share_of_every_source(root, examples):
 
 
 def test_nothing_trains_on_a_set_for_evaluation_only(root, tokenizer):
-    rows = [dataclasses.replace(e, split="train") for e in mossbench(root, TAXONOMY).examples]
+    rows = [dataclasses.replace(e, split="train") for e in gather(mossbench(root, TAXONOMY)).examples]
     with pytest.raises(ValueError, match="mossbench is for evaluation only"):
         Pipeline(rows, TAXONOMY, tokenizer, RECIPE, "train", IDS)
 
@@ -327,8 +330,8 @@ def test_rows_fit_and_the_cache_spares_the_pictures(examples, tokenizer, tmp_pat
         raise AssertionError("a picture was decoded again")
 
     monkeypatch.setattr("pgjax.data.pipeline.load_image", decodes)
-    again = make()
-    assert again.kept.tolist() == first.kept.tolist() and again.dropped == first.dropped
+    again = make(dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, buckets=2, workers=2)))
+    assert again.kept.tolist() == first.kept.tolist() and again.dropped == first.dropped and again.sizes.tolist() == first.sizes.tolist()
     with pytest.raises(AssertionError, match="decoded again"):
         make(dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, patches=16)))
 
@@ -366,12 +369,12 @@ def test_counts_of_the_real_files():
         (figstep, 500, 500, {}),
         (mossbench, 524, 235, {"no picture": 20}),
     ):
-        read = reader(root, TAXONOMY)
+        read = gather(reader(root, TAXONOMY))
         unsafe_rows = [e for e in read.examples if e.request_label == "unsafe"]
         assert (len(read.examples), len(unsafe_rows), dict(read.left_out)) == (count, unsafe, left_out), reader.__name__
         parts = {e.group: {f.split for f in read.examples if f.group == e.group} for e in read.examples[:50]}
         assert all(len(splits) == 1 for splits in parts.values())
-    assert sum(e.category == "ood" for e in figstep(root, TAXONOMY).examples) == 150
+    assert sum(e.category == "ood" for e in gather(figstep(root, TAXONOMY)).examples) == 150
     assert LabelMap("openai_moderation", TAXONOMY).withheld("S3")
 
 

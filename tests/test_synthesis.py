@@ -24,10 +24,10 @@ from pgjax.data.sources.files import image_group, split_of
 from pgjax.data.sources.items import Item
 from pgjax.data.toy import draw
 from pgjax.endpoint import Endpoint, Failed, Limits, Reply, user
+from pgjax.flow import some_at_a_time
 from pgjax.recipes import load_config, override
 from pgjax.rewriter import synthesis, toy
 from pgjax.rewriter.config import Synthesis
-from pgjax.rewriter.flow import some_at_a_time
 from pgjax.rewriter.judge import Grade, Unparsed, read_record
 from pgjax.rewriter.quality import GROWTH, PART, ROOM, SAFE_ALREADY, Ends, Made, make
 from pgjax.rewriter.record import Report, Rewriting, answer_of, template

@@ -296,7 +296,7 @@ def test_every_form_has_every_cell_and_note(form):
 def test_hostile_names_stay_words():
     for word in HOSTILE:
         found = full_summary(word)
-        page = as_html(found | {"not_evaluated": {"set": word}, "trained_on": {word: 3}}, word, {word: word})
+        page = as_html(found | {"not_evaluated": {"set": word}, "overlap": {word: 3}}, word, {word: word})
         assert Page(page).balanced and is_harmless(Page(page)) and "default-src 'none'" in page
         marked = as_markdown(found, word)
         assert "<" not in marked and not set("\u202e\u200b\x00\x1b") & set(marked + as_text(found, word))

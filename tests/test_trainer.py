@@ -7,18 +7,22 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from tiny_qwen import QUICK
 from tiny_recipe import P, R, materials, tiny_recipe
+from tiny_run import one_device
 
 from pgjax.bank import Bank
+from pgjax.config import MeshConfig
 from pgjax.data.toy import OBJECTS, toy_answers
 from pgjax.grpo.trainer import train
 from pgjax.sft.warm_up import answer_arrays
 from pgjax.tokenizer import stop_ids
+from pgjax.train.materials import make_materials
 from pgjax.train.run_folder import read_config, read_metrics
 
 NEVER = ("C5", "C6")
@@ -109,6 +113,34 @@ def test_a_resumed_run_gives_the_same_numbers(run):
     assert list(map(lasting, read_metrics(copy))) == list(map(lasting, read_metrics(path)))
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
     assert (copy / "samples" / "3.jsonl").read_text() == (path / "samples" / "3.jsonl").read_text()
+
+
+def test_a_program_is_compiled_once_for_a_bucket(tmp_path, capsys):
+    """The second step has the other bucket; the first and last evaluation have both."""
+    tiny = tiny_recipe()
+    recipe = dataclasses.replace(
+        tiny,
+        seed=1,
+        devices=1,
+        mesh=MeshConfig(),
+        data=dataclasses.replace(tiny.data, buckets=2, workers=2),
+        rollout=dataclasses.replace(tiny.rollout, packed_step=0.0),
+        warm_up=dataclasses.replace(tiny.warm_up, steps=0),
+        grpo=dataclasses.replace(tiny.grpo, steps=4, mini_prompts=P, micro_prompts=P, validate_every=0, checkpoint_every=0),
+    )
+    quick = mock.patch.object(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
+    with quick, mock.patch("pgjax.grpo.trainer.make_mesh", one_device):
+        train(recipe, tmp_path / "run")
+    assert "128 tokens, 64 patches (88 rows); 152 tokens, 64 patches (8 rows); padding" in capsys.readouterr().err
+    rows = [row for row in read_metrics(tmp_path / "run") if row["phase"] == "train"]
+    made = make_materials(recipe, tmp_path / "run").train
+    prompts = [made.batch(k, P).prompt for k in range(4)]
+    assert [prompt.tokens_PT.shape[1] for prompt in prompts] == [128, 152, 128, 128]
+    assert [row["perf/compilations"] > 0 for row in rows] == [True, True, False, False]
+    assert [row["data/padding"] for row in rows] == pytest.approx([1 - p.length_P.sum() / p.tokens_PT.size for p in prompts])
+    patches = [(prompt.image_PI >= 0).mean() for prompt in prompts]
+    assert [row.get("data/patch_padding", 1) for row in rows] == pytest.approx([1 - share for share in patches])
+    assert ["data/patch_padding" in row for row in rows] == [share > 0 for share in patches] == [True, False, True, True]
 
 
 # --- the two kinds of unknown risk: never-seen ones occur nowhere in training --------------------------------------------------

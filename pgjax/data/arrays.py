@@ -1,6 +1,6 @@
 """Conversations as text, with their pictures, to arrays of one shape: visual tokens at the pads, patches in slots, M-RoPE positions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,8 +49,16 @@ def lay_out(
     return rows
 
 
-def prompt_batch(prompts: Sequence[Prompt], tokenizer, vision: VisionConfig, T: int, I: int) -> PromptBatch:  # noqa: E741
-    """P prompts as numpy arrays, padded to T tokens and I slots for patches. `vision` has the bounds for resizing.
+def prompt_batch(
+    prompts: Sequence[Prompt],
+    tokenizer,
+    vision: VisionConfig,
+    T: int,
+    I: int,  # noqa: E741
+    each: Callable[..., Iterable] = map,
+) -> PromptBatch:
+    """P prompts as numpy arrays, padded to T tokens and I slots for patches. `vision` has the bounds for resizing; `each` maps over the
+    prompts' pictures, which take most of the time: that of a pool does several at once, to the same arrays.
 
     Raises TooLong for a prompt that does not fit, ValueError for a picture that cannot be read and for other numbers of pads than of
     pictures.
@@ -69,23 +77,31 @@ def prompt_batch(prompts: Sequence[Prompt], tokenizer, vision: VisionConfig, T: 
         id_P=np.array([prompt.number % 2**32 for prompt in prompts], np.uint32),
     )
     batch = PromptBatch(**arrays)
-    for p, prompt in enumerate(prompts):
-        images = [image_patches(load_image(raw), vision) for raw in prompt.images]
-        ((tokens, slots),) = lay_out([prompt.text], [[image.grid for image in images]], tokenizer, vision)
+
+    def pictures(p: int) -> tuple[list[tuple[int, int]], list[np.ndarray]]:
+        """Fills in the patches of a prompt as far as there is room; the grids of its pictures, and where their visual tokens are."""
+        slot, grids, merged = 0, [], []
+        for number, raw in enumerate(prompts[p].images):
+            image = image_patches(load_image(raw), vision)
+            here = slice(slot, slot + len(image.valid_I))
+            if here.stop <= I:
+                batch.patches_PIB[p, here], batch.patch_yx_PI2[p, here] = image.patches_IB, image.yx_I2
+                batch.grid_PI2[p, here] = np.where(image.valid_I[:, None], image.grid, 0)
+                batch.image_PI[p, here] = np.where(image.valid_I, number, -1)
+            grids.append(image.grid)
+            merged.append(slot // vision.merge**2 + image.slot_of_raster_token)
+            slot = here.stop
+        return grids, merged
+
+    grids_P, merged_P = zip(*each(pictures, range(P)), strict=True)
+    laid_P = lay_out([prompt.text for prompt in prompts], grids_P, tokenizer, vision)
+    for p, ((tokens, slots), grids, merged) in enumerate(zip(laid_P, grids_P, merged_P, strict=True)):
         length = len(tokens)
         if length > T or slots > I:
             raise TooLong(p, length, slots, T, I)
         batch.tokens_PT[p, :length], batch.length_P[p] = tokens, length
-        merged_grids = [(image.grid[0] // vision.merge, image.grid[1] // vision.merge) for image in images]
+        merged_grids = [(height // vision.merge, width // vision.merge) for height, width in grids]
         batch.position_PTX[p, :length], batch.delta_P[p] = mrope_positions(tokens == pad, merged_grids)
-        slot, merged = 0, []
-        for number, image in enumerate(images):
-            here = slice(slot, slot + len(image.valid_I))
-            batch.patches_PIB[p, here], batch.patch_yx_PI2[p, here] = image.patches_IB, image.yx_I2
-            batch.grid_PI2[p, here] = np.where(image.valid_I[:, None], image.grid, 0)
-            batch.image_PI[p, here] = np.where(image.valid_I, number, -1)
-            merged.append(slot // vision.merge**2 + image.slot_of_raster_token)
-            slot = here.stop
         if merged:
             batch.visual_PT[p, np.flatnonzero(tokens == pad)] = np.concatenate(merged)
     return batch

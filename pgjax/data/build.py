@@ -4,10 +4,9 @@ Pictures are stored as the original file bytes (TFDS keeps those of a BytesIO as
 is a sequence of at most one entry, because TFDS knows no None.
 """
 
-import contextlib
 import io
-import shutil
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,40 +16,28 @@ from pgjax.data.schema import Example
 from pgjax.files import new_folder
 
 OPTIONAL = ("request", "response", "node", "name")
+VERSION = tfds.core.Version("1.0.0")
+SHARD = 10_000  # rows of a file
+BATCH = 32  # rows written at a time
 PLAIN = tuple(f.name for f in fields(Example) if f.name not in (*OPTIONAL, "images", "accepted", "turns"))
 
 
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    name = "pgjax"
-    VERSION = tfds.core.Version("1.0.0")
+def _features() -> tfds.features.FeaturesDict:
+    text, many = tfds.features.Text(), tfds.features.Sequence
+    return tfds.features.FeaturesDict(
+        {name: text for name in PLAIN}
+        | {name: many(text) for name in (*OPTIONAL, "accepted")}
+        | {"images": many(tfds.features.Image()), "turns": many({"role": text, "text": text})}
+    )
 
-    def __init__(self, examples: Sequence[Example], **options):
-        self._rows = examples
-        super().__init__(**options)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        text, many = tfds.features.Text(), tfds.features.Sequence
-        return tfds.core.DatasetInfo(
-            builder=self,
-            disable_shuffling=True,  # rows keep their order; the pipeline shuffles
-            features=tfds.features.FeaturesDict(
-                {name: text for name in PLAIN}
-                | {name: many(text) for name in (*OPTIONAL, "accepted")}
-                | {"images": many(tfds.features.Image()), "turns": many({"role": text, "text": text})}
-            ),
-        )
-
-    def _split_generators(self, _) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in sorted({row.split for row in self._rows})}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        for number, row in enumerate(row for row in self._rows if row.split == split):
-            record: dict = {name: getattr(row, name) for name in PLAIN}
-            record |= {name: [] if getattr(row, name) is None else [getattr(row, name)] for name in OPTIONAL}
-            record["accepted"] = list(row.accepted)
-            record["images"] = [io.BytesIO(data) for data in row.images]
-            record["turns"] = [{"role": role, "text": text} for role, text in row.turns]
-            yield number, record
+def _record(row: Example) -> dict:
+    record: dict = {name: getattr(row, name) for name in PLAIN}
+    record |= {name: [] if getattr(row, name) is None else [getattr(row, name)] for name in OPTIONAL}
+    record["accepted"] = list(row.accepted)
+    record["images"] = [io.BytesIO(data) for data in row.images]
+    record["turns"] = [{"role": role, "text": text} for role, text in row.turns]
+    return record
 
 
 def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
@@ -63,14 +50,27 @@ def build_dataset(examples: Sequence[Example], out_dir: str | Path) -> Path:
         raise ValueError(f"dataset folder {out} exists already; remove it or name another")
     if not examples:
         raise ValueError(f"no examples to write to {out}")
-    tfds.disable_progress_bar()
-    with new_folder(out) as aside, contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that is none
-        builder = _Builder(examples, data_dir=aside / "build", file_format="array_record")
-        builder.download_and_prepare()
-        for file in Path(builder.data_path).iterdir():
-            file.rename(aside / file.name)
-        shutil.rmtree(aside / "build")
+    with new_folder(out) as aside:
+        write_rows(examples, aside)
     return out
+
+
+def write_rows(examples: Iterable[Example], folder: Path) -> None:
+    """The same into a folder that is there, of rows that come one by one: memory holds BATCH of them.
+
+    A TFDS builder would first gather a split, in memory and from 1 GB on in files that it needs TensorFlow for.
+    """
+    identity = tfds.core.DatasetIdentity(name="pgjax", version=VERSION, data_dir=str(folder), module_name=__name__)
+    info = tfds.core.DatasetInfo(builder=identity, features=_features(), disable_shuffling=True)  # the pipeline shuffles
+    writer = tfds.core.SequentialWriter(info, SHARD, file_format="array_record")
+    rows = iter(examples)
+    while batch := list(itertools.islice(rows, BATCH)):
+        by_split: dict[str, list[dict]] = {}
+        for row in batch:
+            by_split.setdefault(row.split, []).append(_record(row))
+        writer.initialize_splits(sorted(by_split), fail_if_exists=False)
+        writer.add_examples(by_split)
+    writer.close_all()
 
 
 class _FileBytes(tfds.decode.SkipDecoding):
@@ -111,9 +111,18 @@ class ExampleSource(Sequence[Example]):
 
 def read_dataset(folder: str | Path, split: str) -> ExampleSource:
     """Open one split of what `build_dataset` wrote. Raises ValueError when the folder or the split is not there."""
-    if not (Path(folder) / "dataset_info.json").exists():
-        raise ValueError(f"{folder} holds no dataset (no dataset_info.json); build one first")
-    builder = tfds.builder_from_directory(folder)
+    builder = _opened(folder)
     if split not in builder.info.splits:
         raise ValueError(f"dataset {folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
     return ExampleSource(builder.as_data_source(split, decoders={"images": _FileBytes()}), folder)
+
+
+def splits_of(folder: str | Path) -> list[str]:
+    """The splits that it has. Raises ValueError when the folder is no dataset."""
+    return sorted(_opened(folder).info.splits)
+
+
+def _opened(folder: str | Path) -> tfds.core.DatasetBuilder:
+    if not (Path(folder) / "dataset_info.json").exists():
+        raise ValueError(f"{folder} holds no dataset (no dataset_info.json); build one first")
+    return tfds.builder_from_directory(folder)

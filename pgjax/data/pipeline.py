@@ -7,9 +7,12 @@ data is the integer k; there is nothing else to save.
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ import numpy as np
 from pgjax.config import Recipe
 from pgjax.conversation import Prompts, load_prompts, messages
 from pgjax.data.arrays import Prompt, lay_out, prompt_batch
+from pgjax.data.buckets import bounds, cut, padding, rounded, smallest
 from pgjax.data.images import capped, image_grid, load_image
 from pgjax.data.schema import (
     CATEGORIES,
@@ -33,6 +37,8 @@ from pgjax.data.schema import (
 )
 from pgjax.files import replace_file
 from pgjax.taxonomy import Level, PolicyView, Taxonomy, full_view, level_of, node_of_id, policy_view, render_policy
+
+TOKENS, SLOTS = 64, 64  # of which the sizes of buckets are multiples, beside whole windows
 
 
 class Batch(NamedTuple):
@@ -51,7 +57,7 @@ class Row:
 
 
 class Renderer:
-    """Conversations to arrays of one shape, (T, I) = (data.prompt_tokens, data.patches). `ids` is the automaton's id grid (axis K)."""
+    """Conversations as text and as gold. `ids` is the automaton's id grid (axis K)."""
 
     def __init__(self, taxonomy: Taxonomy, tokenizer, recipe: Recipe, ids: tuple[str, ...], prompts: Prompts | None = None):
         self.taxonomy, self.tokenizer, self.recipe, self.ids = taxonomy, tokenizer, recipe, ids
@@ -71,28 +77,6 @@ class Renderer:
         """What is known of the rows, as numpy arrays."""
         return self._gold([Row(number, *row) for number, row in enumerate(rows)], len(rows))
 
-    def _batch(self, rows: list[Row], real: int) -> Batch:
-        """`real` rows, and others that are well-formed prompts too but count for nothing."""
-        return Batch(self._prompt_batch(rows), self._gold(rows, real), [(row.example, row.view) for row in rows[:real]])
-
-    def _unfit(self, examples: Sequence[Example], policies: Sequence[str]) -> list[str | None]:
-        """Why each example cannot be shown whole beside its policy; None where it can."""
-        reasons: list[str | None] = [None] * len(examples)
-        grids: dict[int, list[tuple[int, int]]] = {}
-        for n, example in enumerate(examples):
-            if self.reserved & {example.node, *example.accepted}:
-                reasons[n] = "reserved"
-                continue
-            try:
-                grids[n] = [image_grid(load_image(raw).size, self.vision) for raw in example.images]
-            except ValueError:
-                reasons[n] = "image"
-        texts = [self._text(examples[n], policies[n]) for n in grids]
-        for n, (tokens, slots) in zip(grids, lay_out(texts, list(grids.values()), self.tokenizer, self.vision), strict=True):
-            long = len(tokens) > self.recipe.data.prompt_tokens
-            reasons[n] = "patches" if slots > self.recipe.data.patches else "prompt" if long else None
-        return reasons
-
     def _policy(self, view: PolicyView) -> str:
         return render_policy(self.taxonomy, view, self.recipe.data.descriptions)
 
@@ -103,9 +87,8 @@ class Renderer:
         chat = messages(example, policy, self.prompts, self.recipe.answer.think_tag)
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
-    def _prompt_batch(self, rows: list[Row]) -> PromptBatch:
-        prompts = [Prompt(row.number, self._text(row.example, self._policy(row.view)), row.example.images) for row in rows]
-        return prompt_batch(prompts, self.tokenizer, self.vision, self.recipe.data.prompt_tokens, self.recipe.data.patches)
+    def _prompt(self, row: Row) -> Prompt:
+        return Prompt(row.number, self._text(row.example, self._policy(row.view)), row.example.images)
 
     def _gold(self, rows: list[Row], real: int) -> Gold:
         examples = [row.example for row in rows]
@@ -141,12 +124,14 @@ class Renderer:
 
 
 class Pipeline(Renderer):
-    """Prompts of one split, padded to (T, I) = (data.prompt_tokens, data.patches).
+    """Prompts of one split, each batch padded to the (T, I) of one bucket: `bounds` has them, at most `data.buckets`, chosen from what the
+    rows take so that least is padded (data/buckets.py). With one bucket it is (data.prompt_tokens, data.patches).
 
-    `examples` is any sequence of `Example`; rows of other splits are passed over. Training ("train") draws with a new order and
-    new views each epoch, without end; any other split comes in order with one fixed view per example, and its last batch is filled
-    up with rows of weight 0. With several processes each one makes its own slice of the global batch:
-    rows [index * P / count, (index + 1) * P / count).
+    `examples` is any sequence of `Example`; rows of other splits are passed over. Training ("train") draws a stream with a new order and
+    new views each epoch, without end. As many rows of it as make whole batches of an epoch are cut into batches, each of one bucket
+    but for what a bucket has left over; batches come in the order of their first rows. Any other split comes bucket by bucket, in order,
+    with one fixed view per example, and its last batch is filled up with rows of weight 0. With several processes each one makes its
+    own slice of the global batch: rows [index * P / count, (index + 1) * P / count). `data.workers` threads prepare rows.
 
     Rows that cannot be shown whole are dropped here, never cut; `.dropped` counts them by reason: "prompt" (more than T tokens
     with the longest policy that may be drawn), "patches" (more than I slots), "image" (cannot be read), "reserved" (about a
@@ -173,16 +158,24 @@ class Pipeline(Renderer):
         self.split, self.process_index, self.process_count = split, process_index, process_count
         self._examples = examples
         self.dropped: Counter[str] = Counter()
-        kept = self._fitting() if cache is None else self._remembered(cache)
-        if not kept:
+        self._each = ThreadPoolExecutor(recipe.data.workers, "rows").map if recipe.data.workers > 1 else map
+        fitting = self._fitting() if cache is None else self._remembered(cache)
+        if not fitting:
             what = f"no example of split {split!r} is left; dropped: {dict(self.dropped)}"
             raise ValueError(f"{what}; larger data.prompt_tokens or data.patches show more")
-        self.kept = np.array(kept)
-        data = grain.MapDataset.source(range(len(kept))).seed(recipe.seed)
+        self.kept, self.sizes = np.array(list(fitting)), np.array(list(fitting.values()))  # [N], [N, 2]
+        self.bounds = np.array([(recipe.data.prompt_tokens, recipe.data.patches)])
+        if recipe.data.buckets > 1:
+            steps = TOKENS, math.lcm(SLOTS, self.vision.window_patches)
+            self.bounds = bounds(rounded(self.sizes, steps, self.bounds[0]), recipe.data.buckets)
+        self.buckets = smallest(self.sizes, self.bounds)  # [N]
+        data = grain.MapDataset.source(range(len(self.kept))).seed(recipe.seed)
         if split == "train":
             data = data.shuffle().repeat()
-        data = data.map_with_index(lambda position, row: (int(kept[row]), position // len(kept)))
+        self._order = data
+        data = data.map_with_index(lambda position, row: (int(self.kept[row]), position // len(self.kept)))
         self._rows = data.random_map(self._draw)
+        self._cut = lru_cache(2)(self._window)
 
     def __len__(self) -> int:
         """Examples of this split, after dropping."""
@@ -202,11 +195,38 @@ class Pipeline(Renderer):
             raise ValueError(f"{prompts} prompts do not divide over {self.process_count} processes")
         if k < 0 or (self.split != "train" and k >= self.batches(prompts)):
             raise IndexError(f"split {self.split!r} has {self.batches(prompts)} batches of {prompts}, asked for number {k}")
-        local = prompts // self.process_count
-        first = k * prompts + self.process_index * local
-        end = first + local if self.split == "train" else min(first + local, len(self))
-        rows = [self._rows[position] for position in range(first, end)]
-        return self._batch(rows + [rows[0] if rows else self._rows[0]] * (local - len(rows)), len(rows))
+        window, number = divmod(k, self._per_window(prompts))
+        positions_KP, bucket_K = self._cut(prompts, window)
+        own_P = positions_KP[number].reshape(self.process_count, -1)[self.process_index]
+        rows = list(self._each(self._rows.__getitem__, own_P[own_P >= 0].tolist()))
+        real, filler = len(rows), rows[0] if rows else self._rows[0]
+        rows += [filler] * (len(own_P) - real)  # well-formed prompts too, but they count for nothing
+        prompt = prompt_batch(list(map(self._prompt, rows)), self.tokenizer, self.vision, *self.bounds[bucket_K[number]], self._each)
+        return Batch(prompt, self._gold(rows, real), [(row.example, row.view) for row in rows[:real]])
+
+    def padding(self) -> str:
+        """In words: the buckets, and what the longest prompts leave empty of them and would of data.prompt_tokens and data.patches."""
+        one, data = np.ones_like(self.sizes), self.recipe.data
+        rows = [f"{T} tokens, {I} patches ({(self.buckets == b).sum()} rows)" for b, (T, I) in enumerate(self.bounds)]
+        tokens, patches = padding(self.sizes, self.bounds[self.buckets])
+        most_tokens, most_patches = padding(self.sizes, one * (data.prompt_tokens, data.patches))
+        return (
+            f"{self.split}: {'; '.join(rows)}; padding {tokens:.0%} of tokens, {patches:.0%} of patches; "
+            f"in one bucket {most_tokens:.0%}, {most_patches:.0%}"
+        )
+
+    def _per_window(self, prompts: int) -> int:
+        """Batches that are cut at once: those of an epoch that are whole, or all of a held-out split."""
+        return max(len(self) // prompts, 1) if self.split == "train" else self.batches(prompts)
+
+    def _window(self, prompts: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the stream of rows of a window's batches, [K, P], -1 where the last has none, and their buckets [K]."""
+        if self.split != "train":
+            return cut(self.buckets, self.bounds, prompts)
+        size = self._per_window(prompts) * prompts
+        place_KP, bucket_K = cut(self.buckets[self._order.batch(size)[window]], self.bounds, prompts)
+        order_K = place_KP.min(axis=1).argsort()
+        return window * size + place_KP[order_K], bucket_K[order_K]
 
     def _draw(self, drawn: tuple[int, int], rng: np.random.Generator) -> Row:
         index, epoch = drawn
@@ -226,11 +246,11 @@ class Pipeline(Renderer):
         # At leaf level every entry brings its category's line along, at worst a different one each.
         return replace(full, entries=(*answerable[: keep[1]], *others[: keep[1]]))
 
-    def _remembered(self, cache: Path) -> list[int]:
+    def _remembered(self, cache: Path) -> dict[int, tuple[int, int]]:
         """What `_fitting` found, from the file `cache` where it was written for the same things, else found now and written."""
         data, vision, tag = self.recipe.data, self.recipe.model.vision, self.recipe.answer.think_tag
         things = (
-            data,
+            replace(data, buckets=1, workers=1),  # what rows take does not depend on them
             vision,
             tag,
             self.prompts,
@@ -242,22 +262,43 @@ class Pipeline(Renderer):
         key = hashlib.sha256(repr(things).encode()).hexdigest()
         if cache.exists() and (found := json.loads(cache.read_text()))["key"] == key:
             self.dropped.update(found["dropped"])
-            return found["kept"]
-        kept = self._fitting()
+            return dict(zip(found["kept"], found["sizes"], strict=True))
+        fitting = self._fitting()
         if self.process_index == 0:
-            replace_file(cache, json.dumps({"key": key, "kept": kept, "dropped": self.dropped}))
-        return kept
+            found = {"key": key, "kept": list(fitting), "sizes": list(fitting.values()), "dropped": self.dropped}
+            replace_file(cache, json.dumps(found))
+        return fitting
 
-    def _fitting(self) -> list[int]:
-        """Numbers of the examples of this split that can be shown whole; counts the others."""
+    def _fitting(self) -> dict[int, tuple[int, int]]:
+        """The examples of this split that can be shown whole, by number, with the tokens and slots that each takes at most; counts the
+        others."""
         longest = {level: self._policy(self._longest_view(level)) for level in ("leaf", "top")}
-        kept: list[int] = []
+        fitting: dict[int, tuple[int, int]] = {}
         candidates = self._candidates()
         while some := list(itertools.islice(candidates, 64)):
-            reasons = self._unfit([e for _, e in some], [longest[level_of(e.modality)] for _, e in some])
-            self.dropped.update(filter(None, reasons))
-            kept += [index for (index, _), reason in zip(some, reasons, strict=True) if not reason]
-        return kept
+            sizes = self._sizes([e for _, e in some], [longest[level_of(e.modality)] for _, e in some])
+            self.dropped.update(size for size in sizes if isinstance(size, str))
+            fitting |= {index: size for (index, _), size in zip(some, sizes, strict=True) if not isinstance(size, str)}
+        return fitting
+
+    def _sizes(self, examples: Sequence[Example], policies: Sequence[str]) -> list[tuple[int, int] | str]:
+        """Of each example the tokens and slots for patches that it takes beside its policy; the reason where it cannot be shown whole."""
+
+        def grids_of(example: Example) -> list[tuple[int, int]] | str:
+            if self.reserved & {example.node, *example.accepted}:
+                return "reserved"
+            try:
+                return [image_grid(load_image(raw).size, self.vision) for raw in example.images]
+            except ValueError:
+                return "image"
+
+        found: list[Any] = list(self._each(grids_of, examples))
+        grids = {n: grid for n, grid in enumerate(found) if not isinstance(grid, str)}
+        texts = [self._text(examples[n], policies[n]) for n in grids]
+        for n, (tokens, slots) in zip(grids, lay_out(texts, list(grids.values()), self.tokenizer, self.vision), strict=True):
+            long = len(tokens) > self.recipe.data.prompt_tokens
+            found[n] = "patches" if slots > self.recipe.data.patches else "prompt" if long else (len(tokens), slots)
+        return found
 
     def _candidates(self) -> Iterator[tuple[int, Example]]:
         """Numbered examples of this split that it may show; counts the others."""

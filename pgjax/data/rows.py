@@ -1,5 +1,6 @@
 """A user's own rows, JSON Lines -> `Example`: unlabelled ones to moderate, labelled ones to train and evaluate on."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def conversation(request: str | None, response: str | None, image: bytes | None,
     )
 
 
-def conversation_of(line: Line, keys: tuple[str, ...] = CONVERSATION) -> Example:
-    """A row with any of the keys request, response, image (a path beside the file) and id.
+def conversation_of(line: Line, keys: tuple[str, ...] = CONVERSATION, picture: Callable[[Path], bytes] = read_image) -> Example:
+    """A row with any of the keys request, response, image (a path beside the file, read by `picture`) and id.
 
     ValueError names the line. An unknown key is an error too: passed over, a misspelt `response` would never be judged.
     """
@@ -45,18 +46,18 @@ def conversation_of(line: Line, keys: tuple[str, ...] = CONVERSATION) -> Example
         raise ValueError(f"{line.where}: unknown key {unknown[0][:40]!r}; a row has {', '.join(keys)}")
     text = {key: line.text(key) if key in line.row else "" for key in ("request", "response", "image")}
     try:
-        image = read_image(line.path.parent / text["image"]) if text["image"] else None
+        image = picture(line.path.parent / text["image"]) if text["image"] else None
         return conversation(text["request"], text["response"], image, line.where)
     except ValueError as error:
         raise ValueError(f"{line.where}: {error}") from error
 
 
-def labelled(line: Line, taxonomy: Taxonomy, split: str) -> Example:
+def labelled(line: Line, taxonomy: Taxonomy, split: str, picture: Callable[[Path], bytes] = read_image) -> Example:
     """A row to train or evaluate on: a conversation with `request_label` and `response_label` (safe or unsafe; left out: unknown) and
     `category`: a taxonomy id, "ood" for a risk that the taxonomy lacks (then `name` says which), "none"; left out: unknown, or "none"
     when nothing is unsafe. Rows of one `group` (default: the row alone) must lie in one split.
     """
-    example = conversation_of(line, LABELLED)
+    example = conversation_of(line, LABELLED, picture)
     given = {key: str(line.row.get(key) or "") for key in ("group", "request_label", "response_label", "category", "name")}
     known: dict[str, Any] = {}
     for key in ("request_label", "response_label"):

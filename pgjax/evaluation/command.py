@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pgjax.data.build import read_dataset
 from pgjax.data.schema import UNSAFE, Example
 from pgjax.data.sources.benchmarks import BENCHMARKS, read_benchmark
 from pgjax.data.sources.files import Read, data_root, first_groups
+from pgjax.data.sources.registry import SOURCES
 from pgjax.evaluation import tables
 from pgjax.evaluation.evaluate import Answered
 from pgjax.evaluation.obedience import CONDITIONS, obedience
@@ -27,11 +28,12 @@ from pgjax.pages.samples import ROWS, thumbnail, wrong_and_right
 from pgjax.serving.guard import Guard, How
 from pgjax.serving.verdict import free_name
 from pgjax.train.progress import Progress
+from pgjax.train.training_rows import overlap, read_training_rows
 
 
 def run(folder: Path, args: argparse.Namespace, how: How, options: dict[str, Any]) -> tuple[dict, str]:
-    """The summary (evaluation/summary.py, with `guard`, `not_evaluated`, `obedience` and `probes`) and its tables as text; writes the
-    files. ValueError where nothing could be evaluated."""
+    """The summary (evaluation/summary.py, with `guard`, `not_evaluated`, `overlap`, `obedience` and `probes`) and its tables as text;
+    writes the files. ValueError where nothing could be evaluated, and for rows that the model was trained on."""
     out = Path(args.out)
     if (out / "config.json").exists():
         raise ValueError(f"--out {out} is a run folder or a model, whose report would be overwritten; give another")
@@ -39,7 +41,8 @@ def run(folder: Path, args: argparse.Namespace, how: How, options: dict[str, Any
         raise ValueError(f"--limit {args.limit} must be 1 or more")
     with Guard.load(folder, **options) as guard:
         sets = {name: read_set(guard, folder, name, args) for name in dict.fromkeys(args.benchmark)}
-        found: dict[str, Any] = {"not_evaluated": {}, "trained_on": trained_on(guard, sets), "obedience": {}, "probes": {}}
+        seen_rows = check_overlap(folder, {name: read.examples for name, (read, _) in sets.items()}, args.allow_overlap)
+        found: dict[str, Any] = {"not_evaluated": {}, "overlap": seen_rows, "obedience": {}, "probes": {}}
         judges = make_judges(guard)
         evaluated: list[Evaluated] = []
         rows: list[dict] = []
@@ -84,12 +87,15 @@ def about(guard: Guard, folder: Path, how: How, args: argparse.Namespace, verdic
     }
 
 
-def trained_on(guard: Guard, sets: Mapping[str, tuple[Read, tuple[str, ...]]]) -> dict[str, int]:
-    """By set, the rows that the guard's training may have used; those without any are left out."""
-    if guard.recipe.data.name != "public_mix":
-        return {}
-    rows = {name: sum(example.split == "train" for example in read.examples) for name, (read, _) in sets.items()}
-    return {name: number for name, number in rows.items() if number}
+def check_overlap(model: Path, sets: Mapping[str, Sequence[Example]], allow: bool) -> dict[str, int] | None:
+    """By set, the rows that the model was trained on; None where nothing beside it tells. ValueError for any unless `allow`."""
+    if (trained := read_training_rows(model)) is None:
+        return None
+    found = {name: overlap(examples, trained) for name, examples in sets.items()}
+    if any(found.values()) and not allow:
+        named = ", ".join(f"{number} of {len(sets[name])} rows of {name}" for name, number in found.items() if number)
+        raise ValueError(f"{model} was trained on {named}; --held-out may leave them out, --allow-overlap evaluates all the same")
+    return found
 
 
 def expected(examples: list[Example], obeying: bool) -> int:
@@ -109,13 +115,14 @@ def flagged(answered: Answered) -> dict[str, bool]:
 def read_set(guard: Guard, folder: Path, name: str, args: argparse.Namespace) -> tuple[Read, tuple[str, ...]]:
     """Rows of a benchmark, and the lines that it labels."""
     if name == HELD_OUT:
-        if not (folder / "data").is_dir():
-            raise ValueError(f"benchmark {HELD_OUT}: {folder} has no data/; only a run folder brings held-out rows")
-        read, lines = Read(list(read_dataset(folder / "data", "eval")), Counter()), ("request", "response")
+        if not (folder / "data" / "dataset_info.json").is_file():
+            raise ValueError(f"benchmark {HELD_OUT}: {folder}/data holds no rows; only a run folder brings held-out ones")
+        lines: tuple[str, ...] = ("request", "response")
+        read = Read(list(read_dataset(folder / "data", "eval")), Counter())
     else:
-        root = data_root(args.data) if name in BENCHMARKS and BENCHMARKS[name].where else Path()
+        root = data_root(args.data) if name in BENCHMARKS and SOURCES[name].where else Path()
         read = read_benchmark(name, root, guard.taxonomy)
-        lines = BENCHMARKS[name].lines
+        lines = BENCHMARKS[name]
         if args.held_out:
             read = read._replace(examples=[example for example in read.examples if example.split == "eval"])
     if args.limit is None or args.limit >= len(read.examples):

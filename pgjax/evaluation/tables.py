@@ -62,8 +62,10 @@ def tables(summary: dict, guard: str) -> Iterator[Table]:
     yield from _ood(benchmarks, guard)
     yield from _obedience(summary.get("obedience", {}))
     yield from _probes(summary.get("probes", {}))
-    used = [(name, str(one["rows"]), _reasons(one["left_out"]), f"{one['seconds']:.0f}") for name, one in benchmarks.items()]
-    yield Table("Rows", ROWS, ("benchmark", "rows", "left out", "seconds"), used, "Rows of the first pass; seconds of both.")
+    seen = lambda name: "unknown" if summary.get("overlap") is None else str(summary["overlap"].get(name, 0))  # noqa: E731
+    used = [(name, str(one["rows"]), seen(name), _reasons(one["left_out"]), f"{one['seconds']:.0f}") for name, one in benchmarks.items()]
+    note = "Rows of the first pass; seconds of both. trained on: rows of the set that this guard has learnt from."
+    yield Table("Rows", ROWS, ("benchmark", "rows", "trained on", "left out", "seconds"), used, note)
 
 
 def _obedience(found: Mapping[str, dict]) -> Iterator[Table]:
@@ -174,8 +176,11 @@ def _beside(section: str, title: str, key: str, ours: Mapping[str, Mapping[str, 
 def remarks(summary: dict) -> list[str]:
     """What must be read before any figure."""
     toy = ["A toy or demo model: not a guard."] if summary.get("guard", {}).get("not_a_guard") else []
-    used = ", ".join(f"{name} ({number})" for name, number in summary.get("trained_on", {}).items())
-    seen = [f"Rows that this guard may have been trained on are in {used}; --held-out leaves them out."] if used else []
+    if (overlap := summary.get("overlap")) is None:
+        seen = ["Overlap with training is unknown: the model's folder has no data/training_rows.npy."]
+    else:
+        used = ", ".join(f"{name} ({number})" for name, number in overlap.items() if number)
+        seen = [f"This guard was trained on rows of {used}; figures of these sets are no fair test."] if used else []
     return toy + seen + [f"Not evaluated: {why}" for why in summary.get("not_evaluated", {}).values()]
 
 

@@ -175,6 +175,8 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
             if new and show:
                 remove_folder(run_path)
             raise
+        if show and recipe.data.buckets > 1:
+            print(f"data: {materials.train.padding()}", file=sys.stderr)
         setup = make_setup(recipe.model, mesh)
         optimizer = make_optimizer(config.optimizer, config.steps * (config.prompts // config.mini_prompts))
         programs = Programs(recipe, setup, optimizer, materials.automaton, materials.tokenizer, Judge(materials.embedder, materials.bank))
@@ -195,10 +197,15 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         compilations, phases, weights, skips = Compilations(), Phases(), matmul_weights(recipe.model), Skips(config.optimizer)
         pending: list[Callable[[], None]] = []  # numbers of a step are read when the next one has been dispatched
 
-        def logged(step: int, metrics: Mapping[str, jax.Array], compiled: dict, waited: float, seconds: Callable[[], dict]) -> None:
+        def logged(
+            step: int, metrics: Mapping[str, jax.Array], slots: dict[str, int], compiled: dict, waited: float, seconds: Callable[[], dict]
+        ) -> None:
             values = {name: float(value) for name, value in metrics.items()}
             counts = {name.removeprefix("count/"): values.pop(name) for name in metrics if name.startswith("count/")}
             values |= phase_metrics(recipe, weights, seconds(), counts, mesh.size, peak(jax.devices()[0]))
+            values["data/padding"] = 1 - counts["prompt"] / slots["prompt"]
+            if counts["patches"]:
+                values["data/patch_padding"] = 1 - counts["patches"] / slots["patches"]
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
             run.log(step, values | compiled | {"perf/host_memory_gb": memory, "timing_s/wait_for_batch": waited})
             skips.see(step, values["actor/skipped"])
@@ -227,7 +234,8 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
                     seconds = phases.split()
                     finish(metrics)
                 catch_up()
-                pending.append(partial(logged, step + 1, metrics, compilations.metrics(), waited, seconds))
+                slots = {"prompt": loaded[0].tokens_PT.size, "patches": loaded[0].image_PI.size}
+                pending.append(partial(logged, step + 1, metrics, slots, compilations.metrics(), waited, seconds))
                 ending = preempted(step + 1)
                 scores = {}
                 if due(step + 1, config.validate_every, config.steps):

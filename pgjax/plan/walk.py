@@ -90,7 +90,7 @@ class Walked(Programs):
         return call
 
     def loaded(self, nodes: int, ids: int) -> tuple[PromptBatch, Gold]:
-        """What `Pipeline.batch` gives for a step: P prompts of T tokens and I patches."""
+        """What `Pipeline.batch` gives for a step: P prompts of T tokens and I patches, as much as the largest bucket may hold."""
         data, i, f = self.recipe.data, jnp.int32, jnp.float32
         P, T, I = self.recipe.grpo.prompts * self.recipe.rollout.oversample, data.prompt_tokens, data.patches
         of = lambda dtype, *shape: self.of_rows(dtype, P, *shape)  # noqa: E731

@@ -19,10 +19,10 @@ from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
 from pgjax.endpoint import DEFAULTS, Endpoint, Failed, Limits, Reply
 from pgjax.files import check_out, replace_file
+from pgjax.flow import some_at_a_time
 from pgjax.pages.samples import thumbnail
 from pgjax.rewriter import evaluation_report as report
 from pgjax.rewriter.defences import BASELINES, DEFENCES, REWRITER, Answered, Defence, rewriting
-from pgjax.rewriter.flow import some_at_a_time
 from pgjax.rewriter.judge import Grade, Unparsed, asked, grading
 from pgjax.rewriter.measures import Row, measure
 from pgjax.rewriter.rewriter import Rewriter

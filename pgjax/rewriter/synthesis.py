@@ -8,8 +8,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -26,10 +24,10 @@ from pgjax.data.schema import Example, Label
 from pgjax.data.sources.files import data_root, order_of
 from pgjax.data.sources.items import Item
 from pgjax.data.sources.rewriting import jsonl_items, read_items
-from pgjax.endpoint import Failed
+from pgjax.endpoint import Failed, command_line
 from pgjax.files import check_out, new_folder
+from pgjax.flow import some_at_a_time
 from pgjax.rewriter.config import TOY, Synthesis
-from pgjax.rewriter.flow import some_at_a_time
 from pgjax.rewriter.quality import SAFE_ALREADY, Ends, Made, make, version
 from pgjax.rewriter.record import template
 from pgjax.rewriter.stages import STAGES
@@ -79,7 +77,7 @@ async def synthesize(config: Synthesis, allow_remote: bool = False) -> dict:
         manifest = {
             "name": config.name,
             "pgjax": __version__,
-            "command": shlex.join(word.partition("#")[0] if "://" in word else word for word in sys.argv),  # after # may be a key
+            "command": command_line(),
             "config": dataclasses.asdict(config) | names,
             "templates": {name: version(name) for name in TEMPLATES},
             **run.counts(),

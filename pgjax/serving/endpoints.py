@@ -5,8 +5,8 @@ import ipaddress
 import math
 import os
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,13 @@ async def open_endpoint(
         opened = in_process(Path(spec), limits, cache)
     async with opened as endpoint:
         yield endpoint
+
+
+@asynccontextmanager
+async def open_endpoints(specs: Iterable[str], limits: Limits, cache: Path, allow_remote: bool) -> AsyncIterator[list[Endpoint]]:
+    """All of them, or none. ValueError as above."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(open_endpoint(spec, limits, cache, allow_remote)) for spec in specs]
 
 
 def parse(spec: str) -> Address:

@@ -1,13 +1,14 @@
 """Lessons as batches. Which lessons batch k holds and how they lie in it is known before the first step, as a function of the seed and
 of the lessons' lengths alone: every process makes its own slice of the same batches, and a run that goes on needs no state but k.
 
-Padding costs as much as text, so it is kept small twice. The prompts of a batch are of one bucket: padded to one of a few lengths,
-chosen so that all lessons together are padded least. Their answers lie back to back, those of n prompts in one row, dealt out so that
-rows are alike; a row has as many slots for answers as the fullest row of its bucket ever needs. So there is one program for a bucket.
-(Of pictures in 150 to 768 tokens, with answers of 245 tokens on average and at most 768, four prompts a row in three buckets pad 27% of
-the slots; one prompt a row pads 46%, and one bucket 49%.)
+Padding costs as much as text, so it is kept small twice. The prompts of a batch are of one bucket (data/buckets.py): padded to one of a
+few shapes, chosen so that all lessons together are padded least. Their answers lie back to back, those of n prompts in one row, dealt out
+so that rows are alike; a row has as many slots for answers as the fullest row of its bucket ever needs. So there is one program for a
+bucket. (Of pictures in 150 to 768 tokens, with answers of 245 tokens on average and at most 768, four prompts a row in three buckets pad
+about 28% of the slots; one prompt a row pads 46%, and one bucket 49%.)
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,14 @@ import numpy as np
 from pgjax.config import Recipe
 from pgjax.conversation import chat_text, neutralise_special
 from pgjax.data.arrays import Prompt, lay_out, prompt_batch
+from pgjax.data.buckets import bounds, cut, rounded, smallest
 from pgjax.data.images import capped, image_grid, load_image, read_image
 from pgjax.generate.score import answer_rows
 from pgjax.sft.step import Taught, taught
 from pgjax.tokenizer import answer_ids
 
-MULTIPLE = 8  # of which bucket lengths and row widths are multiples
+MULTIPLE = 8  # of which prompt lengths of buckets and row widths are multiples
+SLOTS = 64  # of which their slots for patches are multiples, beside whole windows
 
 
 @dataclass(frozen=True)
@@ -82,29 +85,37 @@ class Lessons:
         sizes = np.array([(lesson.tokens, len(lesson.answer), lesson.patches) for lesson in self.kept])
         self._size_N = dict(zip(("prompt", "answer", "patches"), sizes.T, strict=True))
         sft, self.per_row = recipe.sft, recipe.sft.micro_prompts // shards
-        self.lengths = bucket_lengths(self._size_N["prompt"], sft.buckets)
-        bucket_N = self.lengths[np.searchsorted(self.lengths, self._size_N["prompt"])]
-        rows_KP = drawn(bucket_N, sft.prompts, sft.steps, recipe.seed) if training else once(bucket_N, sft.micro_prompts)
+        steps, most = (MULTIPLE, math.lcm(SLOTS, recipe.model.vision.window_patches)), (recipe.data.prompt_tokens, recipe.data.patches)
+        need_N2 = rounded(np.array([(lesson.tokens, lesson.slots) for lesson in self.kept]), steps, most)
+        self.bounds = bounds(need_N2, sft.buckets)
+        bucket_N = smallest(need_N2, self.bounds)
+        if training:
+            rows_KP, self.bucket_K = drawn(bucket_N, self.bounds, sft.prompts, sft.steps, recipe.seed)
+        else:
+            rows_KP, self.bucket_K = cut(bucket_N, self.bounds, sft.micro_prompts)
         self.rows_KP = np.take_along_axis(rows_KP, dealt(of(self._size_N["answer"], rows_KP), self.per_row), axis=1)
-        self.length_K = of(bucket_N, self.rows_KP).max(axis=1)
         fullest_K = of(self._size_N["answer"], self.rows_KP).reshape(len(rows_KP), -1, self.per_row).sum(axis=2).max(axis=1)
-        self.widths = {int(T): int(up(fullest_K[self.length_K == T].max())) for T in np.unique(self.length_K)}
+        self.widths = {int(bucket): int(up(fullest_K[self.bucket_K == bucket].max())) for bucket in np.unique(self.bucket_K)}
 
     def __len__(self) -> int:
         """Batches."""
         return len(self.rows_KP)
 
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Of each bucket that occurs the slots of a prompt, of its patches and of the answers in a row."""
+        return [(*self.bounds[bucket].tolist(), width) for bucket, width in self.widths.items()]
+
     def batch(self, k: int) -> Batch:
-        rows_P, T = self.rows_KP[k], int(self.length_K[k])
+        rows_P, (T, I), width = self.rows_KP[k], self.bounds[self.bucket_K[k]], self.widths[self.bucket_K[k]]  # noqa: E741
         counts = {name: int(of(size_N, rows_P).sum()) for name, size_N in self._size_N.items()}
-        counts["slots"] = len(rows_P) * T + len(rows_P) // self.per_row * self.widths[T]
+        counts["slots"] = len(rows_P) * int(T) + len(rows_P) // self.per_row * width
         index, count = self._process
         own = [(int(n), self.kept[n if n >= 0 else rows_P.max()]) for n in rows_P.reshape(count, -1)[index]]
         prompts = [Prompt(n, lesson.prompt, [path.read_bytes() for path in lesson.images]) for n, lesson in own]
-        data, vision = self._recipe.data, capped(self._recipe.model.vision, self._recipe.data.max_pixels)
-        prompt = prompt_batch(prompts, self._tokenizer, vision, T, data.patches)
+        vision = capped(self._recipe.model.vision, self._recipe.data.max_pixels)
+        prompt = prompt_batch(prompts, self._tokenizer, vision, T, I)
         answers = answer_rows([[lesson.answer if n >= 0 else []] for n, lesson in own], self._recipe.answer.max_tokens)
-        return Batch(taught(prompt, *answers), self.widths[T], counts)
+        return Batch(taught(prompt, *answers), width, counts)
 
 
 def lay_out_lessons(lessons: Sequence[Lesson], tokenizer, recipe: Recipe) -> list[Laid]:
@@ -141,36 +152,17 @@ def up(size):
     return -(-size // MULTIPLE) * MULTIPLE
 
 
-def bucket_lengths(prompt_N: np.ndarray, buckets: int) -> np.ndarray:
-    """At most `buckets` lengths to pad prompts to, rising: the longest, then one by one those that save the most slots."""
-    need_N = up(prompt_N)
-    lengths = [int(need_N.max())]
-    padded = lambda lengths: np.take(lengths, np.searchsorted(lengths, need_N)).sum()  # noqa: E731
-    kinds = np.unique(need_N).tolist()
-    for _ in range(min(buckets, len(kinds)) - 1):
-        lengths = min((sorted({*lengths, more}) for more in kinds), key=padded)
-    return np.array(lengths)
-
-
-def cut(rows_N: np.ndarray, bucket_N: np.ndarray, prompts: int) -> np.ndarray:
-    """Batches [K, P] of rows of one bucket each, in the order given; what a bucket has left over moves up to the next."""
-    return rows_N[np.argsort(bucket_N[rows_N], kind="stable")].reshape(-1, prompts)
-
-
-def drawn(bucket_N: np.ndarray, prompts: int, steps: int, seed: int) -> np.ndarray:
-    """Rows of the batches of training, [K, P]: in each epoch a new order of lessons, then of batches."""
+def drawn(bucket_N: np.ndarray, bound_BD: np.ndarray, prompts: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the batches of training, [K, P], and their buckets [K]: in each epoch a new order of lessons, then of batches."""
     epochs, per_epoch = [], max(len(bucket_N) // prompts, 1)
     for epoch in range(-(-steps // per_epoch)):
         rng = np.random.default_rng((seed, epoch))
         order_N = np.resize(rng.permutation(len(bucket_N)), per_epoch * prompts)  # cut off, or repeated
-        epochs.append(rng.permutation(cut(order_N, bucket_N, prompts)))
-    return np.concatenate(epochs)[:steps]
-
-
-def once(bucket_N: np.ndarray, prompts: int) -> np.ndarray:
-    """Rows of batches [K, P] that have every lesson once; -1 where the last has none."""
-    order_N = np.argsort(bucket_N, kind="stable")
-    return np.append(order_N, np.full(-len(order_N) % prompts, -1)).reshape(-1, prompts)
+        place_KP, bucket_K = cut(bucket_N[order_N], bound_BD, prompts)
+        order_K = rng.permutation(per_epoch)
+        epochs.append((order_N[place_KP[order_K]], bucket_K[order_K]))
+    rows_KP, bucket_K = map(np.concatenate, zip(*epochs, strict=True))
+    return rows_KP[:steps], bucket_K[:steps]
 
 
 def of(value_N: np.ndarray, rows: np.ndarray) -> np.ndarray:

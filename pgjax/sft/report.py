@@ -72,6 +72,6 @@ def lessons(run: Path) -> str:
     for split, name in (("train", "to train on"), ("eval", "held out")):
         of = found[split]
         dropped = ", ".join(f"{count} ({reason})" for reason, count in of["dropped"].items()) or "none"
-        buckets = ", ".join(f"{prompt} + {answers}" for prompt, answers in of["buckets"])
+        buckets = ", ".join(" + ".join(map(str, sizes)) for sizes in of["buckets"])
         rows += f"<tr><td>{name}</td><td>{of['lessons']}</td><td>{dropped}</td><td>{buckets}</td></tr>"
-    return table_of("", "lessons", "dropped, by what does not fit", "slots of a prompt + of the answers in a row", rows=rows)
+    return table_of("", "lessons", "dropped, by what does not fit", "slots: of a prompt + patches + answers in a row", rows=rows)

@@ -54,11 +54,11 @@ def texts(lessons: Sequence[Lesson]) -> Iterator[str]:
 
 
 def keep_facts(folder: Path, lessons: Sequence[Lesson], digest: str, splits: Mapping[str, Lessons]) -> None:
-    """Writes lessons.json, with the slots of a prompt and of a row's answers as `buckets`, and groups.json, the groups of all lessons
+    """Writes lessons.json, with its shapes as `buckets`, and groups.json, the groups of all lessons
     to train on: no fair test has them."""
     folder.mkdir(exist_ok=True)
     replace_file(folder / "groups.json", json.dumps(sorted({lesson.group for lesson in lessons}), ensure_ascii=False) + "\n")
-    facts = {name: {"lessons": len(of.kept), "dropped": of.dropped, "buckets": list(of.widths.items())} for name, of in splits.items()}
+    facts = {name: {"lessons": len(of.kept), "dropped": of.dropped, "buckets": of.shapes()} for name, of in splits.items()}
     replace_file(folder / "lessons.json", json.dumps({"digest": digest} | facts, indent=1) + "\n")
 
 

@@ -24,6 +24,7 @@ from pgjax.models.sentence_encoder import Embedder, load_embedder
 from pgjax.parallel.start import first_alone
 from pgjax.taxonomy import PolicyView, Taxonomy, full_view, load_taxonomy
 from pgjax.tokenizer import load_tokenizer, train_byte_bpe
+from pgjax.train.training_rows import write_training_rows
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def _make_materials(recipe: Recipe, folder: Path) -> Materials:
     train, held_out = (
         Pipeline(rows[split], taxonomy, tokenizer, recipe, split, ids, **share, cache=dataset / f"fit_{split}.json") for split in rows
     )
+    if jax.process_index() == 0:
+        write_training_rows(folder, (rows["train"][index] for index in train.kept.tolist()), recipe.checkpoint)
     embedder = load_embedder(recipe.reward.embedder)
 
     def warm_up_answers(rng: np.random.Generator, example: Example, view: PolicyView, right: bool) -> list[str]:

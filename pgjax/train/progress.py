@@ -8,8 +8,8 @@ from typing import Any, SupportsFloat, TextIO
 class Progress:
     """Phase, step, numbers and time left of one loop; a context manager.
 
-    `with Progress("train", 200) as p: p.update(step, reward=1.5)`, where `step` counts finished steps from 1. Steps done before a
-    resumed run are given as `start`. With `show=False` (every process but the first) it prints nothing.
+    `with Progress("train", 200) as p: p.update(step, reward=1.5)`, where `step` counts finished steps from 1; a `total` of 0 is not known.
+    Steps done before a resumed run are given as `start`. With `show=False` (every process but the first) it prints nothing.
     """
 
     def __init__(self, phase: str, total: int, start: int = 0, show: bool = True, every: float = 5.0, out: TextIO | None = None):
@@ -31,7 +31,7 @@ class Progress:
             columns = (TextColumn("[bold]{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
             self._live = Bar(*columns, console=Console(file=self._out))
             self._live.start()
-            self._task = self._live.add_task(self.phase, total=self.total, completed=self._start, note="starting, compiling")
+            self._task = self._live.add_task(self.phase, total=self.total or None, completed=self._start, note="starting, compiling")
         elif self._show:
             self._print("starting")
         return self
@@ -46,7 +46,7 @@ class Progress:
         note = "  ".join([*(f"{name} {float(value):.4g}" for name, value in numbers.items()), self._time_left(now)])
         if self._live:
             self._live.update(self._task, completed=step, note=note)
-        elif now - self._printed >= self.every or step >= self.total or self._first == (step, now):
+        elif now - self._printed >= self.every or 0 < self.total <= step or self._first == (step, now):
             self._print(note)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -57,6 +57,8 @@ class Progress:
             self._print(f"{ending} after {duration(time.monotonic() - self._began)}")
 
     def _time_left(self, now: float) -> str:
+        if not self.total:
+            return ""
         first_step, first_time = self._first or (self._step, now)
         if self._step <= first_step:
             return "time left unknown"
@@ -64,7 +66,7 @@ class Progress:
 
     def _print(self, note: str) -> None:
         self._printed = time.monotonic()
-        print(f"{self.phase} {self._step}/{self.total}  {note}", file=self._out, flush=True)
+        print(f"{self.phase} {self._step}{f'/{self.total}' if self.total else ''}  {note}", file=self._out, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -17,7 +17,7 @@ from pgjax.train.trackers import open_tracker
 
 # What a run may change when it goes on: where and in what portions it is computed, and what is kept of it.
 MAY_CHANGE = (
-    *("name", "devices", "mesh.", "data.root", "report.", "tracker"),
+    *("name", "devices", "mesh.", "data.root", "data.workers", "report.", "tracker"),
     *(f"{stage}.{key}" for stage in ("grpo", "sft") for key in ("micro_prompts", "checkpoint_every", "keep_")),
 )
 BUILT = ("data", "tokenizer")  # made from the recipe before the first checkpoint
@@ -43,7 +43,7 @@ class RunFolder:
         from tensorboardX import SummaryWriter
 
         self.path.mkdir(parents=True, exist_ok=True)
-        if resume_step is None and changed_keys(self.path, recipe):
+        if resume_step is None and changed_keys(self.path, recipe, tuple(key for key in MAY_CHANGE if key != "data.root")):
             for name in BUILT:
                 remove_folder(self.path / name)
         replace_file(self.path / "config.json", to_json(recipe))
@@ -122,15 +122,16 @@ def tag(phase: str, name: str) -> str:
     return name if phase == "train" else f"{phase}/{name.removeprefix(phase + '/')}"
 
 
-def changed_keys(path: Path, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+def changed_keys(path: Path, recipe: Recipe, may_change: tuple[str, ...] = MAY_CHANGE) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose value differs from the recipe that the run in this folder was started with, old and new value.
 
-    Without those that may change: see MAY_CHANGE; and `grpo.steps` and `sft.steps` may grow when no learning-rate schedule runs over them.
+    Without those that begin with one of `may_change`; and `grpo.steps` and `sft.steps` may grow when no learning-rate schedule runs over
+    them.
     """
     if not (path / "config.json").is_file():
         return {}
     old, new = (flatten_dict(dataclasses.asdict(x), sep=".") for x in (read_config(path), recipe))
-    changed = {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(MAY_CHANGE)}
+    changed = {key: (old[key], new[key]) for key in new if old[key] != new[key] and not key.startswith(may_change)}
     for stage in ("grpo", "sft"):
         if new[f"{stage}.optimizer.schedule"] == "constant" and old[f"{stage}.steps"] < new[f"{stage}.steps"]:
             changed.pop(f"{stage}.steps")

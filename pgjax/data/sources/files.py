@@ -1,66 +1,95 @@
-"""What the readers share of files: where the data lies, lines and tables with their traps; groups and their split."""
+"""What the readers share: where the data lies, what becomes of a row that is not used, pictures named by path, groups and their split."""
 
-import csv
 import difflib
-import gzip
 import hashlib
-import io
-import json
-import lzma
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-from pgjax.data.schema import Example, Label
+from pgjax.data.images import MAX_FILE_BYTES
+from pgjax.data.schema import Example
 
-csv.field_size_limit(2**24)  # texts may be longer than the 128 KiB that the module takes by itself
 HELD_OUT = 5  # one group in so many is held out
-BATCH = 64  # rows of a parquet file decoded at once
+
+# Kinds of rows that are fine and not used, and of rows and files that are broken, to count by.
+WITHHELD, NO_PICTURE, EMPTY, NO_LABEL = "withheld category", "no picture", "empty", "label unknown"
+BROKEN_FILE, ENCODING, NOT_JSON, COLUMN, VALUE = "broken file", "wrong encoding", "not JSON", "missing column", "wrong value"
+LABEL, OUTSIDE_FOLDER, BAD_PICTURE, LARGE_PICTURE = "unknown label", "path outside the set", "unreadable picture", "picture too large"
+PICTURES = (BAD_PICTURE, LARGE_PICTURE)
+
+
+class LeftOut(NamedTuple):
+    """A row that is not used or, where `broken`, a row or a file that cannot be. It never holds what stands there."""
+
+    kind: str  # a few words to count by
+    where: str  # the file, relative to the data's root, and the row
+    reason: str = ""  # goes on where `where` ends: "has a label in ..."
+    broken: bool = False
+
+
+class Unusable(Exception):
+    """Raised where a row turns out to be one to leave out; `each` makes it a `LeftOut`."""
+
+    def __init__(self, kind: str, reason: str = "", broken: bool = True):
+        super().__init__(reason or kind)
+        self.kind, self.reason, self.broken = kind, reason, broken
+
+
+class NotUsed(Unusable):
+    """Of a row that is fine: `kind` says it all."""
+
+    def __init__(self, kind: str):
+        super().__init__(kind, broken=False)
 
 
 class Read(NamedTuple):
-    """What a reader returns; every row of the files is in one of the two."""
+    """What evaluation takes of a set; every row of the files is in one of the two."""
 
     examples: list[Example]
-    left_out: Counter[str]  # rows not used, by reason
+    left_out: Counter[str]  # rows not used, by kind
 
 
-class Row(NamedTuple):
-    """A row with the place it stands at. Complaints name the place and the column, never what stands there."""
+Rows = Iterator[Example | LeftOut]  # what a reader gives, one after the other: a set of pictures does not fit into memory
+Found = TypeVar("Found", bound="Placed")
+Made = TypeVar("Made")
 
-    path: Path
-    number: int  # from 1
-    values: dict[str, Any]
 
+class Placed(Protocol):
     @property
-    def where(self) -> str:
-        return f"public data: {self.path}: row {self.number}"
-
-    def text(self, column: str) -> str:
-        """ "" where there is nothing."""
-        if column not in self.values or not isinstance(self.values[column], str | None):
-            raise ValueError(f"{self.where} needs a text in `{column}`, or nothing")
-        return self.values[column] or ""
-
-    def label(self, column: str, safe: str | bool, unsafe: str | bool, missing: Label | None = None) -> Label:
-        """What stands for `safe` and for `unsafe` there; `missing` is the label where there is nothing."""
-        value = self.values.get(column)
-        if column in self.values and value in (None, "") and missing:
-            return missing
-        if value not in (safe, unsafe):
-            raise ValueError(f"{self.where} has a label in `{column}` that is neither {unsafe} nor {safe}")
-        return "safe" if value == safe else "unsafe"
+    def where(self) -> str: ...
 
 
-def gather(rows: Iterable[Example | str]) -> Read:
-    """Of each row its example, or the reason why it is left out."""
-    examples, left_out = [], Counter[str]()
+def each(rows: Iterable[Found | LeftOut], read: Callable[[Found], Iterable[Made]]) -> Iterator[Made | LeftOut]:
+    """What `read` makes of each row; where it raises Unusable, the row is left out from there on."""
     for row in rows:
-        if isinstance(row, str):
-            left_out[row] += 1
+        if isinstance(row, LeftOut):
+            yield row
+            continue
+        try:
+            yield from read(row)
+        except Unusable as error:
+            yield LeftOut(error.kind, row.where, error.reason, error.broken)
+
+
+def strict(rows: Iterable[Made | LeftOut]) -> Iterator[Made | LeftOut]:
+    """The rows as they come; ValueError with the place and the reason of the first broken one."""
+    for row in rows:
+        if isinstance(row, LeftOut) and row.broken:
+            raise ValueError(f"public data: {row.where} {row.reason}")
+        yield row
+
+
+def gather(rows: Iterable[Example | LeftOut]) -> Read:
+    """All rows, for evaluation: `strict`; rows without any label, which cannot measure, are left out."""
+    examples, left_out = [], Counter[str]()
+    for row in strict(rows):
+        if isinstance(row, LeftOut):
+            left_out[row.kind] += 1
+        elif {row.request_label, row.response_label} <= {"unknown", "absent"}:
+            left_out[NO_LABEL] += 1
         else:
             examples.append(row)
     return Read(examples, left_out)
@@ -100,111 +129,23 @@ def data_root(root: str | None) -> Path:
     return Path(chosen)
 
 
-def find(root: Path, pattern: str) -> list[Path]:
-    """Files under `root` that match a glob pattern, sorted; ValueError where there are none."""
-    if not (found := sorted(root.glob(pattern))):
-        raise ValueError(f"public data: {root / pattern} is not there; is --data.root or PGJAX_DATA right?")
-    return found
+def picture(folder: Path, *names: str) -> bytes:
+    """The picture file that a row names by its path below `folder`; of several names the first that is there.
 
-
-def find_one(root: Path, pattern: str) -> Path:
-    if len(found := find(root, pattern)) > 1:
-        raise ValueError(f"public data: {found[0]} and {found[1].name} are both there; leave the one that is meant")
-    return found[0]
-
-
-def read_bytes(path: Path) -> bytes:
-    """ValueError, naming the file and what to set, where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"public data: {path} cannot be read ({error.strerror}); is --data.root or PGJAX_DATA right?") from None
-
-
-def read_text(path: Path) -> str:
-    """UTF-8 with or without a byte-order mark, gzip and xz by suffix."""
-    data = read_bytes(path)
-    try:
-        return {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)(data).decode("utf-8-sig")
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"public data: {path} is broken ({error}); fetch it again") from None
-
-
-def read_json_lines(path: Path) -> list[Row]:
-    """Objects, one a line. Lines end at "\\n" alone: texts hold U+2028 and U+0085, where `splitlines` would cut them."""
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"public data: {path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"public data: {path}:{number}: expected an object")
-            rows.append(Row(path, number, row))
-    return rows
-
-
-def read_json_rows(path: Path) -> list[Row]:
-    """Objects, in one array or one a line: both are published under names that end in .json."""
-    text = read_text(path)
-    if text.lstrip().startswith("{"):
-        return read_json_lines(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"public data: {path}:{error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"public data: {path}: expected an array of objects")
-    return [Row(path, number, row) for number, row in enumerate(rows, 1)]
-
-
-def read_csv(path: Path, columns: Iterable[str]) -> list[Row]:
-    """ValueError when one of `columns` is missing from the header or from a row."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    rows = []
-    try:
-        _check_columns(path, columns, reader.fieldnames or ())
-        for number, row in enumerate(reader, 1):
-            if any(row[c] is None for c in columns):
-                raise ValueError(f"public data: {path}:{reader.line_num}: the row ends early")
-            rows.append(Row(path, number, row))
-    except csv.Error as error:
-        raise ValueError(f"public data: {path}:{reader.line_num}: not CSV ({error}); fetch it again") from None
-    return rows
-
-
-def read_parquet(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) -> list[Row]:
-    """All of `parquet_rows`."""
-    return list(parquet_rows(path, columns, optional))
-
-
-def parquet_rows(path: Path, columns: Iterable[str], optional: Iterable[str] = ()) -> Iterator[Row]:
-    """Row by row, since files of pictures may not fit. Only these columns are decoded; ValueError when one of `columns` is missing."""
-    from pyarrow import ArrowException  # here, since it takes a tenth of a second that no other reader needs
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # by itself it fetches the whole file ahead
-            names = file.schema_arrow.names
-            _check_columns(path, columns, names)
-            batches = file.iter_batches(BATCH, columns=[*columns, *(c for c in optional if c in names)])
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield Row(path, number, row)
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"public data: {path} is broken ({str(error).splitlines()[0]}); fetch it again") from None
-
-
-def _check_columns(path: Path, columns: Iterable[str], there: Iterable[str]) -> None:
-    if missing := [c for c in columns if c not in there]:
-        raise ValueError(f"public data: {path} lacks the column {missing[0]!r}; it has {_named(there)}")
-
-
-def _named(columns: Iterable[str]) -> str:
-    """Column names for a message. A file without its header has a row there, which no message repeats: then their number."""
-    names = list(columns)
-    plain = all(re.fullmatch(r"[\w. -]{1,40}", str(name)) for name in names) and len(names) > 1
-    return ", ".join(names) if plain else f"{len(names)} columns, which look like no header"
+    Unusable: no such file, a path that leads out of the folder (by "..", from the root, or through a link), a file that cannot be read.
+    """
+    for name in names:
+        try:
+            path, home = (folder / name).resolve(), folder.resolve()
+            if not path.is_relative_to(home):
+                raise Unusable(OUTSIDE_FOLDER, "names a picture outside of its set's folder")
+            if path.is_file():
+                if path.stat().st_size > MAX_FILE_BYTES:
+                    raise Unusable(LARGE_PICTURE, f"names a picture file larger than {MAX_FILE_BYTES >> 20} MiB")
+                return path.read_bytes()
+        except (OSError, ValueError, RuntimeError):  # no path at all, a circle of links, no right to read it
+            raise Unusable(BAD_PICTURE, "names a picture that cannot be read") from None
+    raise NotUsed(NO_PICTURE)
 
 
 def split_of(group: str) -> str:
@@ -224,9 +165,14 @@ def first_groups(examples: list[Example], limit: int) -> list[Example]:
     return ordered[:limit]
 
 
+def normalised(text: str) -> str:
+    """What texts share that differ in case, spaces or punctuation at most."""
+    return re.sub(r"[\W_]+", " ", text.casefold()).strip()
+
+
 def text_group(text: str) -> str:
-    """One group for texts that differ in case, spaces or punctuation at most, so that copies never part over splits, nor over sets."""
-    return "text-" + hashlib.sha256(re.sub(r"[\W_]+", " ", text.casefold()).strip().encode()).hexdigest()[:16]
+    """One group for texts with one normalised form, so that copies never part over splits, nor over sets."""
+    return "text-" + hashlib.sha256(normalised(text).encode()).hexdigest()[:16]
 
 
 def image_group(data: bytes) -> str:

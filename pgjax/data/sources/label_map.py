@@ -1,14 +1,23 @@
 """Foreign labels -> what is known of an example's category, from the data files labels/NAME.yaml."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pgjax.data.sources.files import LABEL, WITHHELD, NotUsed, Unusable
 from pgjax.taxonomy import Taxonomy, load_taxonomy
 
 OUTSIDE = Path(__file__).with_name("outside.yaml")
+CHILDREN = re.compile(r"\b(child|minor|teen|pa?edo|kids?\b|school)", re.IGNORECASE)
+
+
+def no_children(*notes: str) -> None:
+    """NotUsed where notes on a row name children: a set without a class for child safety may still hold such rows."""
+    if any(CHILDREN.search(note) for note in notes):
+        raise NotUsed(WITHHELD)
 
 
 def outside() -> Taxonomy:
@@ -56,12 +65,14 @@ class LabelMap:
     def withheld(self, label: str) -> bool:
         return label in self._withheld
 
-    def about(self, labels: Iterable[str], where: str) -> dict[str, Any] | None:
-        """As `category`; None when a label is withheld. ValueError, naming the place, for a label that the map lacks."""
+    def about(self, labels: Iterable[str]) -> dict[str, Any]:
+        """As `category`. Unusable for a label that the map lacks, and where one is withheld."""
         labels = list(labels)
         if not set(labels) <= set(self.order):
-            raise ValueError(f"{where} has a topic that the label map {self._path.name} lacks; add it there")
-        return None if any(self.withheld(label) for label in labels) else self.category(labels)
+            raise Unusable(LABEL, f"has a topic that the label map {self._path.name} lacks; add it there")
+        if any(self.withheld(label) for label in labels):
+            raise NotUsed(WITHHELD)
+        return self.category(labels)
 
     def category(self, labels: Iterable[str]) -> dict[str, Any]:
         """The fields category, node, accepted and name of an unsafe `Example` with these labels."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pgjax.config import DataConfig
 from pgjax.data.schema import Example
-from pgjax.data.sources.files import data_root, order_of
+from pgjax.data.sources.files import data_root, gather, order_of
 from pgjax.data.sources.pictures import drawn, figstep, mossbench
 from pgjax.data.sources.texts import openai_moderation_strict, surge_toxicity
 from pgjax.taxonomy import Taxonomy
@@ -22,7 +22,7 @@ def public_mix(data: DataConfig, taxonomy: Taxonomy) -> tuple[list[Example], dic
     examples: list[Example] = []
     left_out: dict[str, dict[str, int]] = {}
     for reader in READERS:
-        read = reader(root, taxonomy)
+        read = gather(reader(root, taxonomy))
         examples += read.examples
         left_out[reader.__name__] = dict(read.left_out)
     examples.sort(key=lambda example: (order_of(example.group), example.id))
