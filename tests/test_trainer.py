@@ -115,6 +115,7 @@ def test_a_resumed_run_gives_the_same_numbers(run):
     assert (copy / "samples" / "3.jsonl").read_text() == (path / "samples" / "3.jsonl").read_text()
 
 
+@pytest.mark.drill
 def test_a_program_is_compiled_once_for_a_bucket(tmp_path, capsys):
     """The second step has the other bucket; the first and last evaluation have both."""
     tiny = tiny_recipe()
