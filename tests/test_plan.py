@@ -175,29 +175,6 @@ def test_a_plan_for_a_tpu(tmp_path):
 
 @needs_libtpu
 @pytest.mark.drill
-def test_the_published_shapes_at_reduced_depth():
-    """Two layers of the decoder and of the tower; layers are scanned, so that all of them are the same programs."""
-    shallow = (
-        "--model.text.layers",
-        "2",
-        "--model.vision.depth",
-        "2",
-        "--model.vision.full-blocks",
-        "1",
-        "--mesh.fsdp",
-        "16",
-        "--mesh.tensor",
-        "4",
-    )
-    found = planned("proguard_7b", "--topology", "v5e:8x8", *shallow)
-    assert found["fits"] and found["chips"] == 64 and found["waves"] == 1
-    assert all(
-        program["fits"] and program["collectives"] for program in found["programs"] if program["name"] in ("prefill", "decode", "update")
-    )
-
-
-@needs_libtpu
-@pytest.mark.drill
 def test_what_does_not_fit_says_why(tmp_path):
     """Layers are scanned: so many that their weights alone are too much compile as fast as two."""
     recipe = dataclasses.replace(tiny.tiny_recipe(), devices=0, mesh=MeshConfig(1, -1, 1))
