@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_qwen import QUICK
 from tiny_recipe import ONE, P, R, batch, host_params, materials, setup, tiny_recipe
+from waits import until
 
 from pgjax import automaton as answers
 from pgjax.generate.decode import decode, encode, prefill
@@ -171,7 +172,7 @@ def test_who_does_not_wait_any_more_frees_his_row(engine):
         with pytest.raises(TimeoutError, match="deadline"):
             future.result()
     assert all(future.cancelled() or future.result() for future in gone)
-    wait_until(lambda: engine.counts.busy == engine.counts.waiting == 0)
+    until(lambda: engine.counts.busy == engine.counts.waiting == 0)
 
 
 def test_a_full_queue_refuses_and_a_failure_is_told_and_survived(engine, monkeypatch):
@@ -254,13 +255,6 @@ def test_requests_that_nobody_waits_for_leave_the_queue(engine, monkeypatch):
         go_on.set()
         assert first.result() and large.result()
     assert waiting[1] <= 1 and len(first.result()[0].tokens) > 5  # the first one was still running then
-
-
-def wait_until(true, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_row_that_is_given_up_is_taken_by_the_next(engine, expected):

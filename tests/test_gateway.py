@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import openai
 import pytest
 from PIL import ExifTags, Image
 from tiny_run import load_guard, make_run, rewriter_of
+from waits import until
 
 from pgjax.cli import main
 from pgjax.commands.start import read_key
@@ -125,13 +125,6 @@ def says(*messages: dict) -> str:
 
 def event(index: int = 0, **delta) -> str:
     return "data: " + json.dumps({"id": "a", "choices": [{"index": index, "delta": delta, "finish_reason": None}]}) + "\n\n"
-
-
-def until(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @contextmanager
