@@ -24,7 +24,7 @@ parameter, which for 7B is more than one card has. The tower is frozen.
 Peers (benchmarks/peers.py) have the decoder alone, SDPA attention, every prompt G times, answers sorted by length and padded to the
 longest of their micro-batch, torch_rows of them: as many as fit. Their score is a pass over the answers' logits, counted twice; update
 is forward and backward with gradient checkpointing, through all parameters or the same adapters, without an optimiser; decode is
-`generate` less prefill, on until the longest answer's end. Each is measured once. Their whole step is the sum.
+`generate` from its first token on, until the longest answer's end. Each is measured once. Their whole step is the sum.
 """
 
 import argparse
@@ -262,15 +262,11 @@ def theirs(name: str, sizes: Sizes, path: Path) -> None:
     tokens_BS = np.concatenate([np.repeat(prompts.tokens_PT, G, axis=0), answer_BR], axis=1)
     peer = peers.Peer(config.text, tokens_BS, length_B, T, sizes.lora_rank)
 
-    def decode() -> dict:
-        found = peer.generate()
-        return found | {"seconds": found["seconds"] - log.found["prefill"]["seconds"]}
-
     def score() -> dict:
         found = peer.forward()
         return found | {"seconds": 2 * found["seconds"]}
 
-    for phase, f in zip(MEASURED[:-1], (peer.prefill, decode, score, peer.backward), strict=True):
+    for phase, f in zip(MEASURED[:-1], (peer.prefill, peer.decode, score, peer.backward), strict=True):
         log.measure(phase, f)
 
 

@@ -23,6 +23,13 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if CUDA else "cpu"
 
 
+def _now() -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Adapted(torch.nn.Module):
     """A projection with an adapter beside it."""
 
@@ -57,19 +64,31 @@ class Peer:
 
         return self._measured(run, self.B)
 
-    def generate(self) -> dict:
-        """Prefill and decode, sampled; without a token that ends answers each part goes on to its longest one's end."""
+    def decode(self) -> dict:
+        """`generate` from its first token on, sampled; without a token that ends answers each part goes on to its longest one's end."""
 
-        def run(part: slice):
-            prompt_BT = self.tokens_BS[part, : self.T]
+        def run(part: slice) -> float:
+            prompt_BT, prefilled, began = self.tokens_BS[part, : self.T], [], _now()
+
+            def note(tokens: torch.Tensor, _, **__) -> torch.Tensor:
+                if not prefilled:
+                    prefilled.append(_now() - began)
+                return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
             sampled = dict(do_sample=True, top_k=0, top_p=1.0, max_new_tokens=int(self.longest[part.start]), pad_token_id=0)
-            self.model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **sampled)
+            self.model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), stopping_criteria=[note], **sampled)
+            return prefilled[0]
 
         return self._measured(run, self.B)
 
     def forward(self) -> dict:
         """Logprobs of the answers."""
-        return self._measured(torch.no_grad()(self._nll), ROWS)
+
+        @torch.no_grad()
+        def run(part: slice):
+            self._nll(part)
+
+        return self._measured(run, ROWS)
 
     def backward(self) -> dict:
         """Forward, and gradients of all parameters, or of adapters beside every projection of the layers, under gradient checkpointing."""
@@ -89,14 +108,13 @@ class Peer:
         each = torch.nn.functional.cross_entropy(logits.float(), tokens[:, self.T :].flatten(), reduction="none")
         return (each.view(-1, n) * self.counts_BR[part, :n]).sum()
 
-    def _measured(self, run: Callable[[slice], object], most: int) -> dict:
+    def _measured(self, run: Callable[[slice], float | None], most: int) -> dict:
+        """`run` may give seconds that do not count."""
+
         def seconds(parts: list[slice]) -> float:
-            began = time.perf_counter()
-            for part in parts:
-                run(part)
-            if CUDA:
-                torch.cuda.synchronize()
-            return time.perf_counter() - began
+            began = _now()
+            apart = sum(run(part) or 0.0 for part in parts)
+            return _now() - began - apart
 
         size = 2 * min(most, self.B)
         while size > 1:

@@ -247,6 +247,7 @@ def test_peers():
 
     assert peer._measured(run, 16)["torch_rows"] == 1
     assert parts == [slice(0, 3), *(slice(n, n + 1) for n in (0, 0, 1, 2))]
+    assert peer._measured(lambda part: 1e6, 16)["seconds"] < 0 < peer.decode()["seconds"]
     assert peer.backward()["seconds"] > 0
     assert {name.rpartition(".")[2] for name, p in peer.model.named_parameters() if p.grad is not None} == {"up", "down"}
     assert {type(layer.mlp.gate_proj) for layer in peer.model.model.layers} == {peers.Adapted}
