@@ -19,9 +19,9 @@ demo-rewriter: .venv/.installed
 	JAX_PLATFORMS=cpu $(BIN)/pgjax demo-rewriter
 
 test: $(TEST_DEPS)
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# Tests that kill processes or take minutes, two files at a time: they wait much.
+# Tests that kill processes or take minutes.
 drills: $(TEST_DEPS)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m drill -n 2 --dist loadfile
 

@@ -1,5 +1,6 @@
 """The suite runs on eight simulated CPU devices and keeps compiled programs between runs, outside the clone."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,7 +11,18 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_enable_c
 os.environ.setdefault("NPROC", "64")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for devices
 jax.config.update("jax_compilation_cache_dir", os.environ.get("PGJAX_CACHE") or str(Path.home() / ".cache" / "pgjax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+gc.set_threshold(100_000, 50, 1000)  # traced programs stay: to look through them again and again takes a fifth of the time
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_traces_from_before():
+    """What was traced before decides how often a program repeats an inner function, and so its key among the compiled ones: with nothing
+    from before, a file finds its programs again whichever files ran before it, in whichever process."""
+    jax.clear_caches()
+    gc.collect()
