@@ -1,5 +1,6 @@
 """Datasets made by `pgjax data build`: from files with all that can be wrong in them to rows, a card and pages."""
 
+import gzip
 import json
 import os
 from collections import Counter
@@ -11,6 +12,7 @@ from chat_server import chat_server
 from pgjax.cli import main
 from pgjax.conversation import answer_text
 from pgjax.data.build import read_dataset, splits_of
+from pgjax.data.sources.files import split_of, text_group
 from pgjax.data.toy import draw
 
 CONFIG = Path(__file__).parent.parent / "configs" / "data"
@@ -113,6 +115,53 @@ def test_too_many_broken_rows(tmp_path, root, capsys):
     kept = tmp_path / "out-rejected.jsonl"
     assert "30 of 30 rows are broken: unknown label (30)" in last and str(kept) in last
     assert len(kept.read_text().splitlines()) == 30 and not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_read_counts_with_all_its_rows(tmp_path, root, capsys):
+    for n in range(10):
+        write_rows(root / "own" / f"{n}.jsonl", [{"id": k, "request": request(10 * n + k), "request_label": "safe"} for k in range(9)])
+    (root / "own" / "5.jsonl.gz").write_bytes(gzip.compress((root / "own" / "5.jsonl").read_bytes())[:-40])
+    (root / "own" / "5.jsonl").unlink()
+    config = str(configured(tmp_path, root, sources=("own",), max_rejected=0.09))
+    assert main(["data", "build", config]) == 2
+    assert "10% of the files cannot be read on" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["data", "build", config, "--max-rejected", "0.1"]) == 0
+    assert json.loads((tmp_path / "out" / "rejected.jsonl").read_text())["kind"] == "broken file"
+
+
+def test_half_characters_and_pictures_that_are_not_there(tmp_path, root):
+    half = {
+        "id": "\ud800",
+        "group": "\udc00",
+        "request": request(1) + "\ud800",
+        "request_label": "unsafe",
+        "category": "ood",
+        "name": "\ud800",
+    }
+    gone = {"id": "gone", "image": "files/gone.png", "request_label": "safe"}
+    rows = [{"id": n, "request": request(n), "request_label": "safe"} for n in range(2, 30)]
+    write_rows(root / "half.jsonl", [half, gone, {"id": {}, "request": request(0)}, {"id": True, "request": request(0)}, *rows])
+    assert main(["data", "build", str(configured(tmp_path, root, sources=("half.jsonl",)))]) == 0
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["sources"]["half.jsonl"]["rejected"] == {"no picture": 1, "wrong value": 2}
+    assert "half-?" in {row.id for split in splits_of(tmp_path / "out") for row in read_dataset(tmp_path / "out", split)}
+
+
+def test_benchmarks(tmp_path, root, capsys):
+    """What one holds is left out of training and counted; one that cannot be read whole might hold anything."""
+    held = [f"Physical harm,{request(n)}\n" for n in range(60) if split_of(text_group(request(n))) == "train"][:2]
+    file = root / "simple_safety_tests" / "tests.csv"
+    file.parent.mkdir()
+    file.write_text("harm_area,prompts_final\n" + "".join(held))
+    config = str(configured(tmp_path, root, benchmarks=("simple_safety_tests",)))
+    assert main(["data", "build", config]) == 0
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["benchmarks"] == {"simple_safety_tests": {"rows": 2, "left_out": {}, "leaked": 2}}
+    assert card["sources"]["texts.jsonl"]["left_out"]["in a benchmark"] == 2
+    file.write_text("moon,prompts_final\n" + "".join(held))
+    assert main(["data", "build", config, "--out", str(tmp_path / "again")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "benchmark simple_safety_tests" in error and "take it out of benchmarks" in error and not (tmp_path / "again").exists()
 
 
 def test_unlabelled_rows_are_voted_on(tmp_path, root):

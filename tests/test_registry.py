@@ -161,7 +161,7 @@ CASES = {
             write(root / f"beavertails_v/{n}/train-0.parquet", [beaver_v("animal_abuse", "no"), beaver_v("x", "no", image=None)])
             for n in (1, 2)
         ],
-        [("unsafe", "unsafe", "C9S2")] * 2,
+        [("unknown", "unsafe", "C9S2")] * 2,
         {"unknown label": 2},
     ),
     "do_not_answer": (

@@ -178,6 +178,22 @@ def test_rows_that_are_sent_to_nobody(server, tmp_path):
     assert asked(server).keys() == {("brass", 5), ("brass", 6), ("copper", 6)}
 
 
+def test_what_a_judge_here_holds_for_reserved_goes_nowhere_else(server, tmp_path):
+    """Copper is on this machine; brass is not, whatever comes first in the config."""
+    answers = [said("unsafe", "safe", RESERVED.id), said("safe")]
+    server.answer = lambda body: answers[number(body)] if body["model"] == "copper" else said("safe")
+
+    async def ask() -> Votes:
+        config = judges(server, "brass", "copper")
+        async with open_endpoints(config.judges, config.limits, tmp_path, False) as opened:
+            opened[0].here = False
+            return await vote([row(0), row(1)], config, TAXONOMY, opened)
+
+    votes = asyncio.run(ask())
+    assert asked(server) == {("copper", 0): 1, ("copper", 1): 1, ("brass", 1): 1}
+    assert [ballot.problem for ballot in votes.rows["vaults", "row-0"].ballots] == ["", "withheld"]
+
+
 def test_what_is_below_a_reserved_category_is_sent_to_nobody():
     assert reserved(TAXONOMY) == {RESERVED.id, RESERVED.parent}
     brief = "- {category: A, subcategories: [B, C], reserved: true}\n- {category: D, subcategories: [E]}"

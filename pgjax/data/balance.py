@@ -68,7 +68,7 @@ def _quota(target: Target, cells: Mapping[Cell, int]) -> dict[Cell, int]:
     quota = {}
     for label, wanted in wanted_of(target, supply).items():
         kinds = {cell.category: size for cell, size in cells.items() if cell.unsafe == label}
-        shares = (level if target.even else _in_proportion)(min(wanted, supply[label]), kinds)
+        shares = (level if target.even and label else _in_proportion)(min(wanted, supply[label]), kinds)
         quota |= {Cell(target.split, target.modality, label, category): share for category, share in shares.items()}
     return quota
 

@@ -24,10 +24,20 @@ class Counts:
     rejected: Counter[str] = dataclasses.field(default_factory=Counter)  # broken, by kind
     left_out: Counter[str] = dataclasses.field(default_factory=Counter)  # whole, but of no use, by reason
     chosen: Counter[str] = dataclasses.field(default_factory=Counter)  # by split
+    lost: float = 0.0  # share of the files that cannot be read on
+
+
+@dataclasses.dataclass
+class Compared:
+    """What became of a benchmark's rows."""
+
+    rows: int = 0  # that training rows were compared with
+    left_out: Counter[str] = dataclasses.field(default_factory=Counter)  # of no use, by reason
+    leaked: int = 0  # training rows that it holds
 
 
 def new_card(
-    config: Dataset, sources: Mapping[str, Source], counts: Mapping[str, Counts], plan: Plan, leaked: Mapping[str, int], votes: Votes
+    config: Dataset, sources: Mapping[str, Source], counts: Mapping[str, Counts], plan: Plan, compared: Mapping[str, Compared], votes: Votes
 ) -> dict[str, Any]:
     """All but what is known when the rows are written."""
     kinds = [cell._asdict() | {"available": n, "taken": plan.taken[cell]} for cell, n in sorted(plan.available.items())]
@@ -47,8 +57,9 @@ def new_card(
         "targets": targets,
         "kinds": kinds,
         "sources": {name: {"origin": source.origin, "licence": source.licence} | vars(counts[name]) for name, source in sources.items()},
-        "leaked": {name: leaked.get(name, 0) for name in config.benchmarks},
+        "benchmarks": {name: vars(found) for name, found in compared.items()},
         "votes": report(votes),
+        "calls": votes.calls,
     }
 
 
@@ -68,13 +79,19 @@ def tables(card: Mapping[str, Any]) -> list[Table]:
         for source, told in card["votes"].items()
         for name, field in told["fields"].items()
     ]
-    leaked = [(name, str(rows)) for name, rows in card["leaked"].items()]
+    judges = [
+        (f"{source} {judge}", str(found["unparsed"]), listed(found["failed"]))
+        for source, told in card["votes"].items()
+        for judge, found in told["judges"].items()
+    ]
+    benchmarks = [(name, str(of["rows"]), listed(of["left_out"]), str(of["leaked"])) for name, of in card["benchmarks"].items()]
     every = [
         ("Targets", ("rows", "wanted", "available", "taken", "short"), targets, "Unsafe is a row whose request or response is."),
         ("Kinds", ("rows", "available", "taken"), kinds, ""),
         ("Sources", ("source", "rows", "broken", "left out", "chosen"), sources, ""),
-        ("Training rows that benchmarks hold, left out", ("benchmark", "rows"), leaked, "A row may be in several."),
+        ("Benchmarks", ("benchmark", "rows", "left out", "training rows in it"), benchmarks, "Those are left out; one may be in several."),
         ("Votes", ("source and field", "rows", "decided", "agreement", "kappa"), votes, "Of pairs of judges; Fleiss' kappa."),
+        ("Judges", ("source and judge", "unparsed", "failed"), judges, "Rows of which this judge said nothing; a later build asks again."),
     ]
     return [Table("", *table) for table in every if table[2]]
 

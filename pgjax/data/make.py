@@ -16,12 +16,12 @@ from pathlib import Path
 
 from pgjax.data.balance import Entry, Plan, balance
 from pgjax.data.build import write_rows
-from pgjax.data.card import Counts, markdown_card, new_card
+from pgjax.data.card import Compared, Counts, markdown_card, new_card
 from pgjax.data.dataset import Dataset
 from pgjax.data.duplicates import Record, clean, record
 from pgjax.data.pool import Writer
 from pgjax.data.schema import Example
-from pgjax.data.sources.files import NO_LABEL, WITHHELD, LeftOut, data_root, order_of
+from pgjax.data.sources.files import NO_LABEL, WITHHELD, LeftOut, data_root, order_of, strict
 from pgjax.data.sources.registry import find_source
 from pgjax.data.stats import category_of, unsafe
 from pgjax.data.vote import WITHHELD as RESERVED
@@ -52,8 +52,9 @@ async def build(config: Dataset, judges: Judges, show: Callable[[dict], None]) -
             work.clean()
             if opened:
                 await work.annotate(opened)
+                work.clean_again()
             plan = work.choose()
-            card = new_card(config, work.found, work.counts, plan, work.leaked, work.votes)
+            card = new_card(config, work.found, work.counts, plan, work.compared, work.votes)
             show(card)
             card |= {"hash": work.write(plan), "seconds": round(time.monotonic() - began, 1)}
             (aside / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
@@ -70,7 +71,8 @@ class _Work:
         self.counts = {name: Counts() for name in config.sources}
         self.sources: dict[int, str] = {}  # of the rows in the pool that may be chosen, by their number there
         self.records: list[Record] = []  # of all rows in the pool
-        self.leaked, self.votes = Counter[str](), Votes((), {}, {})
+        self.compared = {name: Compared() for name in config.benchmarks}
+        self.votes = Votes((), {}, {})
 
     def read(self) -> None:
         """Every row of every source, into the pool. ValueError where too many of a source's are broken."""
@@ -87,6 +89,7 @@ class _Work:
                         row = LeftOut(WITHHELD, source)
                     if isinstance(row, LeftOut):
                         (counts.rejected if row.broken else counts.left_out)[row.kind] += 1
+                        counts.lost += row.lost
                         self._reject(source, row)
                         continue
                     ids.add(row.id)
@@ -102,27 +105,47 @@ class _Work:
 
     def _check(self, source: str, counts: Counts) -> None:
         broken = counts.rejected.total()
-        if broken > self.config.max_rejected * counts.rows:
+        if counts.lost > self.config.max_rejected or broken > self.config.max_rejected * counts.rows:
             kept = self.config.folder.with_name(f"{self.config.folder.name}-{REJECTED}")
             shutil.copy(self.folder / REJECTED, kept)
             kinds = ", ".join(f"{kind} ({n})" for kind, n in counts.rejected.most_common())
-            told = f"source {source}: {broken} of {counts.rows} rows are broken: {kinds}; {kept} lists them"
+            files = f"{counts.lost:.0%} of the files cannot be read on, and " if counts.lost else ""
+            told = f"source {source}: {files}{broken} of {counts.rows} rows are broken: {kinds}; {kept} lists them"
             raise ValueError(f"{told}; mend the files, or raise --max-rejected")
 
     def clean(self) -> None:
-        """Takes out duplicates, and training rows that benchmarks hold."""
-        cleaned = clean(self.records, {name: self._records_of(name) for name in self.benchmarks}, self.config.near)
-        for number, reason in enumerate(cleaned.why):
+        """Takes out duplicates, and training rows that benchmarks hold. ValueError for a broken row of a benchmark: what it hides might be
+        trained on."""
+        for name, rows in self._clean({name: self._records_of(name) for name in self.benchmarks}).items():
+            self.compared[name].leaked = rows
+
+    def clean_again(self) -> None:
+        """What rows got by vote may part them from their copies, or make them near ones."""
+        for number, source in self.sources.items():
+            if (source, self.pool[number].id) in self.votes.rows:
+                self.records[number] = record(self.row(number))
+        self._clean({})
+
+    def _clean(self, benchmarks: dict[str, Iterator[Record]]) -> Counter[str]:
+        """Of the rows that are left; how many training rows each benchmark holds."""
+        numbers = sorted(self.sources)
+        cleaned = clean([self.records[number] for number in numbers], benchmarks, self.config.near)
+        for number, reason in zip(numbers, cleaned.why, strict=True):
             if reason:
                 self._leave_out(number, reason)
-        self.leaked = cleaned.leaked
+        return cleaned.leaked
 
     def _records_of(self, benchmark: str) -> Iterator[Record]:
-        for row in self.benchmarks[benchmark].read(self.root, self.taxonomy):
-            if isinstance(row, LeftOut):
-                self._reject(f"benchmark {benchmark}", row)
-            else:
-                yield record(row)
+        compared = self.compared[benchmark]
+        try:
+            for row in strict(self.benchmarks[benchmark].read(self.root, self.taxonomy)):
+                if isinstance(row, LeftOut):
+                    compared.left_out[row.kind] += 1
+                else:
+                    compared.rows += 1
+                    yield record(row)
+        except ValueError as error:
+            raise ValueError(f"benchmark {benchmark}: {error}; mend the file, or take it out of benchmarks") from None
 
     def _leave_out(self, number: int, reason: str) -> None:
         self.counts[self.sources.pop(number)].left_out[reason] += 1

@@ -58,7 +58,7 @@ def labelled(line: Line, taxonomy: Taxonomy, split: str, picture: Callable[[Path
     when nothing is unsafe. Rows of one `group` (default: the row alone) must lie in one split.
     """
     example = conversation_of(line, LABELLED, picture)
-    given = {key: str(line.row.get(key) or "") for key in ("group", "request_label", "response_label", "category", "name")}
+    given = {key: _word(line, key) for key in ("id", "group", "request_label", "response_label", "category", "name")}
     known: dict[str, Any] = {}
     for key in ("request_label", "response_label"):
         if given[key] not in ("", "safe", "unsafe"):
@@ -78,8 +78,14 @@ def labelled(line: Line, taxonomy: Taxonomy, split: str, picture: Callable[[Path
             raise ValueError(f"{line.where}: {error}") from error
     if (known["category"] == "none") == ("unsafe" in labels) and known["category"] != "unknown" and "unknown" not in labels:
         raise ValueError(f"{line.where}: category {category or 'none'} does not go with labels {' and '.join(sorted(labels))}")
-    id = str(line.row.get("id") or f"{split}-{line.number}")
+    id = given["id"] or f"{split}-{line.number}"
     return replace(example, id=id, group=given["group"] or id, source="own", split=split, **known)
+
+
+def _word(line: Line, key: str) -> str:
+    """A text or a number, "" where there is nothing."""
+    value = line.row.get(key)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else line.text(key) if key in line.row else ""
 
 
 def own_rows(root: str | None, taxonomy: Taxonomy) -> list[Example]:

@@ -1,9 +1,10 @@
 """Labels by vote: several judges are asked with the guard's own prompt, and what enough of them say fills in what a row does not know.
 
 A judge is any model behind an endpoint; its answers are read by the language of training answers. Replies are kept on disk, so a run that
-was killed, or in which calls failed, is run again and asks only what has no answer yet. Of a row nothing is kept but the votes.
+was killed, or in which calls failed, is run again and asks only what has no answer yet. Of a row nothing is kept but what was said of it.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from pgjax.taxonomy import Taxonomy, full_view, level_of, render_policy
 
 GIVE_UP = 50  # asks in a row that a judge failed: no more are made
 NO_VOTE = ("unknown", "absent")
-WITHHELD = "withheld"  # the problem of a ballot that names a reserved node
+WITHHELD = "withheld"  # the problem of a ballot that names what is `reserved`
 
 Key = tuple[str, str]  # source and id of a row
 
@@ -68,7 +69,8 @@ class Votes:
 
 async def vote(rows: Iterable[Example], config: Vote, taxonomy: Taxonomy, judges: Sequence[Endpoint]) -> Votes:
     """`judges` are those that `config` names. Takes the rows one by one, a few ahead of the answers, in a thread. Rows about a `reserved`
-    node are not sent to anybody; those whose category is withheld no reader gives.
+    node are not sent to anybody; those whose category is withheld no reader gives. A row is shown to the judges on this machine first,
+    and to no other machine if one of them finds it reserved.
 
     A call that fails after all tries is no vote. ValueError, in one line: a judge that answers nobody (a wrong key or name, or GIVE_UP
     failures in a row)."""
@@ -83,7 +85,7 @@ class _Poll:
         self.config, self.taxonomy, self.judges, self.prompts = config, taxonomy, judges, load_prompts()
         self.views = {modality: full_view(taxonomy, level_of(modality)) for modality in MODALITIES}
         self.ids, self.reserved = tuple(node.id for node in taxonomy.nodes), reserved(taxonomy)
-        self.never = {node.id for node in taxonomy.nodes if node.reserved}
+        self.order = sorted(range(len(judges)), key=lambda place: not judges[place].here)
         self.rows: dict[Key, tuple[list[Ballot], tuple[tuple[str, ...], ...]]] = {}
         self.left_out: dict[str, Counter[str]] = {}
         self.fruitless = [0] * len(judges)
@@ -104,8 +106,9 @@ class _Poll:
             nothing = Ballot(response="absent" if row.modality == "image" or row.response_label == "absent" else "unknown")
             ballots = [nothing] * len(self.judges)
             self.rows[row.source, row.id] = ballots, gold(row, self.taxonomy)
-            for place in range(len(self.judges)):
-                yield partial(self.ask, place, chat, row.modality, ballots)
+            heard = _Heard(sum(judge.here for judge in self.judges))
+            for place in self.order:
+                yield partial(self.ask, place, chat, row.modality, ballots, heard)
 
     def chat(self, row: Example) -> list[dict]:
         """The guard's prompt with the whole policy. ValueError for a picture that is none, or a row whose parts contradict each other."""
@@ -113,7 +116,16 @@ class _Poll:
         told, asked = messages(row, policy, self.prompts, AnswerConfig.think_tag)
         return [system(told["content"]), user(asked["content"][-1]["text"], [plain(image) for image in row.images])]
 
-    async def ask(self, place: int, chat: list[dict], modality: Modality, ballots: list[Ballot]) -> None:
+    async def ask(self, place: int, chat: list[dict], modality: Modality, ballots: list[Ballot], heard: "_Heard") -> None:
+        if self.judges[place].here:
+            await self._ask(place, chat, modality, ballots)
+            heard.one()
+            return
+        await heard.all.wait()
+        if all(ballot.problem != WITHHELD for ballot in ballots):
+            await self._ask(place, chat, modality, ballots)
+
+    async def _ask(self, place: int, chat: list[dict], modality: Modality, ballots: list[Ballot]) -> None:
         try:
             reply = await self.judges[place].ask(chat, max_tokens=AnswerConfig.max_tokens)
         except Failed as error:
@@ -131,7 +143,7 @@ class _Poll:
         if not said.parsed:
             return nothing._replace(problem="unparsed")
         named = self.ids[said.id] if said.kind == answers.ID else ""
-        if named in self.never:
+        if named in self.reserved:
             return nothing._replace(problem=WITHHELD)
         category = {answers.NONE: "none", answers.NAME: "ood"}.get(int(said.kind), "unknown")
         return Ballot(
@@ -139,6 +151,19 @@ class _Poll:
             "absent" if nothing.response == "absent" else LABELS[said.response],
             named if named in self.views[modality].answerable else category,
         )
+
+
+class _Heard:
+    """Whether the judges on this machine have all spoken of a row."""
+
+    def __init__(self, judges: int):
+        self.left, self.all = judges + 1, asyncio.Event()
+        self.one()
+
+    def one(self) -> None:
+        self.left -= 1
+        if not self.left:
+            self.all.set()
 
 
 def wanted(row: Example, sources: Collection[str]) -> bool:

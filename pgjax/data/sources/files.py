@@ -28,6 +28,7 @@ class LeftOut(NamedTuple):
     where: str  # the file, relative to the data's root, and the row
     reason: str = ""  # goes on where `where` ends: "has a label in ..."
     broken: bool = False
+    lost: float = 0.0  # of a file that cannot be read on: its share of the set's files
 
 
 class Unusable(Exception):
@@ -123,9 +124,11 @@ def data_root(root: str | None) -> Path:
     """The folder of public sets: `data.root`, else the environment variable PGJAX_DATA. ValueError when neither names a folder."""
     chosen = root or os.environ.get("PGJAX_DATA")
     if not chosen:
-        raise ValueError("public data: set PGJAX_DATA, or --data.root (evaluate: --data, synthesize: --root), to the sets' folder")
+        raise ValueError(
+            "public data: set PGJAX_DATA, or --data.root (evaluate: --data; synthesize and data build: --root), to the sets' folder"
+        )
     if not Path(chosen).is_dir():
-        raise ValueError(f"public data: {chosen} is no folder; set --data.root or PGJAX_DATA to the one that holds the sets")
+        raise ValueError(f"public data: {chosen} is no folder; name the one that holds the sets")
     return Path(chosen)
 
 

@@ -1,4 +1,4 @@
-"""The public mix: every set that is read here, split by group."""
+"""The public mix: five sets that anyone can fetch, split by group."""
 
 from pathlib import Path
 

@@ -36,13 +36,17 @@ def own(root: Path, taxonomy: Taxonomy, pattern: str = "own/**/*.jsonl*") -> Row
         except ValueError as error:
             raise Unusable(VALUE, f"does not fit: {str(error).partition(f'line {row.number}: ')[2] or error}") from None
         content = image_group(made.images[0]) if made.images else text_group(made.request or "")
-        group = f"own-{made.group}" if row.values.get("group") else content
-        id = f"{name}-{row.values.get('id') or row.serial}"
+        group = f"own-{made.group}" if row.values.get("group") not in (None, "") else content
+        id = f"{name}-{made.id if row.values.get('id') not in (None, '') else row.serial}"
         yield replace(made, id=id, source=name, group=group, split=split_of(group))
 
     return each(read_rows(root, pattern), read)
 
 
 def _picture(folder: Path, file: Path) -> bytes:
-    check_picture(data := picture(folder, str(file)))
+    try:
+        data = picture(folder, str(file))
+    except NotUsed as error:
+        raise Unusable(error.kind, "names a picture that is not there") from None
+    check_picture(data)
     return data

@@ -91,7 +91,7 @@ def beavertails_v(root: Path, taxonomy: Taxonomy) -> Rows:
 
 
 def beavertails_v_train(root: Path, taxonomy: Taxonomy) -> Rows:
-    """Its training part, beavertails_v/**/train*.parquet."""
+    """Its training part, beavertails_v/**/train*.parquet; here the label of a question is unknown."""
     return _beavertails_v(root, taxonomy, "beavertails_v_train", "train", None)
 
 
@@ -110,7 +110,7 @@ def _beavertails_v(root: Path, taxonomy: Taxonomy, source: str, part: str, split
             request=row.text("question"),
             response=row.text("response"),
             image=row.picture("image"),
-            request_label="unsafe",
+            request_label="unsafe" if split == "eval" else "unknown",
             response_label=row.label("is_response_safe", "yes", "no") if answered else "absent",
             about=about,
             split=split,

@@ -98,11 +98,11 @@ def read_rows(
     """
     found = sorted(path for path in root.glob(pattern) if path.is_file())
     if not found:
-        yield LeftOut(BROKEN_FILE, pattern, f"is not there below {root}; is --data.root or PGJAX_DATA right?", broken=True)
+        yield LeftOut(BROKEN_FILE, pattern, f"is not there below {root}; is that the sets' folder?", True, 1.0)
     if one and len(found) > 1:
-        yield LeftOut(BROKEN_FILE, pattern, f"{found[0].name} and {found[1].name} are both there; leave the one that is meant", broken=True)
+        yield LeftOut(BROKEN_FILE, pattern, f"{found[0].name} and {found[1].name} are both there; leave the one that is meant", True, 1.0)
         return
-    before = 0
+    before, lost = 0, 1 / max(len(found), 1)
     for path in found:
         file, number = path.relative_to(root).as_posix(), 0
         kind = [suffix for suffix in path.suffixes if suffix not in (".gz", ".xz")][-1:]
@@ -122,12 +122,12 @@ def read_rows(
                 else:
                     yield Row(file, number, before + number, values)
         except Unusable as error:
-            yield LeftOut(error.kind, file, error.reason, broken=True)
+            yield LeftOut(error.kind, file, error.reason, True, lost)
         except UnicodeDecodeError as error:
-            yield LeftOut(ENCODING, file, f"is broken behind row {number}: not UTF-8 ({error.reason}); fetch it again", broken=True)
+            yield LeftOut(ENCODING, file, f"is broken behind row {number}: not UTF-8 ({error.reason}); fetch it again", True, lost)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:200]
-            yield LeftOut(BROKEN_FILE, file, f"is broken behind row {number} ({reason}); fetch it again", broken=True)
+            yield LeftOut(BROKEN_FILE, file, f"is broken behind row {number} ({reason}); fetch it again", True, lost)
         before += number
 
 
