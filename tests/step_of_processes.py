@@ -23,13 +23,15 @@ def step(out: Path) -> None:
     from pgjax.config import MeshConfig
     from pgjax.grpo.programs import Judge, Programs
     from pgjax.grpo.trainer import grpo_step, load
-    from pgjax.parallel.mesh import make_mesh
+    from pgjax.parallel.mesh import AXES, gather_rows, make_mesh, place_rows, share_of
     from pgjax.train.materials import make_materials
     from pgjax.train.setup import make_setup
 
     recipe = tiny_recipe()
-    mesh = make_mesh(MeshConfig(1, DEVICES, 1))
-    setup, materials, optimizer = make_setup(recipe.model, mesh), make_materials(recipe, out.parent / "materials"), optax.sgd(1.0)
+    across = np.array(jax.devices()).reshape(jax.process_count(), -1).T  # a process's devices do not lie side by side
+    mesh = make_mesh(MeshConfig(1, DEVICES, 1), list(across.flat))
+    materials = make_materials(recipe, out.parent / "materials", share_of(mesh))
+    setup, optimizer = make_setup(recipe.model, mesh), optax.sgd(1.0)
     automaton = materials.automaton  # one token in twelve ends an answer: an untrained model then gives answers of many lengths
     automaton = automaton.replace(stop_V=automaton.stop_V | (np.arange(len(automaton.stop_V)) % 12 == 0))
     programs = Programs(recipe, setup, optimizer, automaton, materials.tokenizer, Judge(materials.embedder, materials.bank))
@@ -70,6 +72,9 @@ def step(out: Path) -> None:
 
     programs.decode, programs.score, programs.judge, programs.choose, programs.update = decoded, scored, judged, chosen, updated
     grpo_step(programs, materials.bank, recipe, state, reference, 0, load(materials, recipe, mesh, 0), lambda phase, outputs: None)
+    alike, rows = jax.sharding.Mesh(across[None], AXES), np.arange(2 * DEVICES)  # tensor parts processes: they have the same rows
+    found["placed"] = whole(place_rows(share_of(alike).of(rows), alike))
+    found["gathered"] = gather_rows(share_of(alike).of(rows), alike)
     if jax.process_index() == 0:
         np.savez(out, **found)
 

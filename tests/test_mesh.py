@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,19 @@ from tiny_qwen import QUICK, abstract_params, golden, inputs, tiny_model
 from pgjax.config import MeshConfig
 from pgjax.models.checkpoint import load_params
 from pgjax.models.qwen_vl import init_boxed
-from pgjax.parallel.mesh import ROLLOUT, TRAINING, constrain, local_rows, make_mesh, param_shardings, place_rows, rows, spec
+from pgjax.parallel.mesh import (
+    ROLLOUT,
+    TRAINING,
+    Share,
+    constrain,
+    local_rows,
+    make_mesh,
+    param_shardings,
+    place_rows,
+    rows,
+    shares_of,
+    spec,
+)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (1, 1, 1), (-1, -1, 1), (-1, 3, 1), (0, -1, 1), (-2, 1, 1), (4, 4, 1)])
@@ -52,6 +65,23 @@ def test_rows_are_placed_and_read_back():
     assert placed["even"].sharding.is_equivalent_to(rows(mesh), 2) and placed["odd"].sharding.is_fully_replicated
     for name, array in batch.items():
         np.testing.assert_array_equal(local_rows(placed[name]), array)
+
+
+def described(process_WT) -> SimpleNamespace:
+    """A mesh of devices that are only described by the process which they belong to."""
+    devices = np.vectorize(lambda process: SimpleNamespace(process_index=process), otypes=[object])(process_WT)[None]
+    return SimpleNamespace(devices=devices, shape=dict(zip(("data", "fsdp", "tensor"), devices.shape, strict=True)))
+
+
+def test_processes_have_the_shards_of_their_devices():
+    rows = np.arange(16).reshape(8, 2)
+    assert shares_of(described([[0], [0], [1], [1]])) == {0: Share((0, 1), 4), 1: Share((2, 3), 4)}
+    assert shares_of(described([[0], [1], [0], [1]])) == {0: Share((0, 2), 4), 1: Share((1, 3), 4)}
+    assert shares_of(described([[0, 1], [0, 1]])) == {0: Share((0, 1), 2), 1: Share((0, 1), 2)}  # as tensor lies on a v5e pod
+    np.testing.assert_array_equal(Share((1, 3), 4).of(rows), rows[[2, 3, 6, 7]])
+    np.testing.assert_array_equal(Share((0, 1), 2).of(rows[:3]), rows[:3])
+    with pytest.raises(ValueError, match="3 rows do not divide over the 2 shards"):
+        Share((1,), 2).of(rows[:3])
 
 
 REMAT = {(1, 1, 1): "none", (8, 1, 1): "attention", (1, 8, 1): "dots"}

@@ -13,6 +13,7 @@ from pgjax.data.build import build_dataset, read_dataset
 from pgjax.data.pipeline import Pipeline
 from pgjax.data.schema import CATEGORIES, Example
 from pgjax.data.toy import OBJECTS, toy_answers, toy_examples, toy_texts
+from pgjax.parallel.mesh import Share
 from pgjax.taxonomy import load_taxonomy
 from pgjax.tokenizer import train_byte_bpe
 
@@ -187,7 +188,7 @@ def test_a_bucketed_batch_does_not_depend_on_what_was_loaded_before(make):
 def test_processes_hold_slices_of_one_batch(make, split, buckets):
     how = (varied(split, 126), changed(ONE, buckets=buckets), split)
     whole = make(*how)
-    parts = [make(*how, process_index=i, process_count=4) for i in range(4)]
+    parts = [make(*how, share=Share((i,), 4)) for i in range(4)]
     for k in (0, 3, 7):
         want, got = whole.batch(k, 16), [part.batch(k, 16) for part in parts]
         for field in dataclasses.fields(want.gold):
@@ -200,6 +201,7 @@ def test_processes_hold_slices_of_one_batch(make, split, buckets):
         assert sum(b.gold.weight_P.sum() for b in got) == len(want.rows)
     with pytest.raises(ValueError, match="do not divide"):
         parts[0].batch(0, 6)
+    assert make(*how, share=Share((1, 3), 4)).batch(3, 16).rows == parts[1].batch(3, 16).rows + parts[3].batch(3, 16).rows
 
 
 def test_held_out_rows_come_in_order_and_the_last_batch_is_filled(make, examples):

@@ -35,11 +35,13 @@ def one(tmp_path_factory) -> dict[str, np.ndarray]:
 
 
 def test_the_step_is_skewed(one):
-    """Left to itself, each process of two, and some of four, would have packed rows of another width than it does with the others."""
+    """Left to itself, each process of two, and some of four, would have packed rows of another width than it does with the others. Of
+    two, which have every other shard, each has every other quarter."""
     recipe, longest = tiny_recipe(), one["length"].sum(axis=1)
     per_row = recipe.grpo.micro_prompts // 4
     width = lambda tokens_P: packed_width(int(tokens_P.max()), per_row * G * recipe.answer.max_tokens, recipe.rollout.packed_step)  # noqa: E731
-    assert len({width(share) for share in np.split(longest, 2)}) == 2 and len({width(share) for share in np.split(longest, 4)}) > 2
+    halves = np.split(longest, 4)
+    assert len({width(np.concatenate(halves[k::2])) for k in (0, 1)}) == 2 and len({width(share) for share in np.split(longest, 4)}) > 2
     assert one["width"] == width(longest)
 
 
@@ -47,8 +49,8 @@ def test_the_step_is_skewed(one):
 def test_a_step_by_several_processes_is_that_of_one(one, processes, tmp_path):
     several = step_by(processes, tmp_path)
     assert several.keys() == one.keys() and {"gradient0", "gradient1", "actor/pg_loss1"} <= one.keys()
-    for name in ("tokens", "length", "width"):
+    for name in ("tokens", "length", "width", "placed", "gathered"):
         np.testing.assert_array_equal(several[name], one[name], err_msg=name)
-    for name in one.keys() - {"tokens", "length", "width"}:
+    for name in one.keys() - {"tokens", "length", "width", "placed", "gathered"}:
         np.testing.assert_allclose(several[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
     assert one["gradient0"].any() and one["gradient1"].any() and one["tokens"].shape[:2] == (P, G)

@@ -23,7 +23,7 @@ from pgjax.config import Recipe
 from pgjax.data.images import capped, image_grid, slot_count
 from pgjax.generate.law import Law
 from pgjax.models.qwen_vl import QwenVL
-from pgjax.parallel.mesh import place_rows
+from pgjax.parallel.mesh import Share, place_rows
 from pgjax.recipes import load_recipe, validate
 from pgjax.rewriter.lessons import read_lessons
 from pgjax.rewriter.record import rewriter_messages
@@ -148,7 +148,7 @@ def test_batches(taught, tokenizer):
         (rows, width, counts), (longest, slots) = whole.batch(k), whole.bounds[whole.bucket_K[k]]
         assert rows.prompt.tokens_PT.shape == (8, longest) and rows.prompt.image_PI.shape == (8, slots)
         assert (longest, slots, width) in whole.shapes()
-        halves = [Lessons(taught, tokenizer, recipe, 4, True, process, 2).batch(k).taught for process in (0, 1)]
+        halves = [Lessons(taught, tokenizer, recipe, 4, True, Share((process,), 2)).batch(k).taught for process in (0, 1)]
         jax.tree.map(lambda whole, *parts: np.testing.assert_array_equal(np.concatenate(parts), whole), rows, *halves)
         for p, n in enumerate(whole.rows_KP[k]):
             ids = rows.tokens_PGR[p, 0, : rows.length_PG[p, 0]].tolist()

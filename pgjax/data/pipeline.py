@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from pgjax.config import Recipe
@@ -36,6 +37,7 @@ from pgjax.data.schema import (
     PromptBatch,
 )
 from pgjax.files import replace_file
+from pgjax.parallel.mesh import WHOLE, Share
 from pgjax.taxonomy import Level, PolicyView, Taxonomy, full_view, level_of, node_of_id, policy_view, render_policy
 
 TOKENS, SLOTS = 64, 64  # of which the sizes of buckets are multiples, beside whole windows
@@ -149,13 +151,12 @@ class Pipeline(Renderer):
         recipe: Recipe,
         split: str,
         ids: tuple[str, ...],
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Share = WHOLE,
         prompts: Prompts | None = None,
         cache: Path | None = None,
     ):
         super().__init__(taxonomy, tokenizer, recipe, ids, prompts)
-        self.split, self.process_index, self.process_count = split, process_index, process_count
+        self.split, self.share = split, share
         self._examples = examples
         self.dropped: Counter[str] = Counter()
         self._each = ThreadPoolExecutor(recipe.data.workers, "rows").map if recipe.data.workers > 1 else map
@@ -186,18 +187,16 @@ class Pipeline(Renderer):
         return -(-len(self) // prompts)
 
     def batch(self, k: int, prompts: int | None = None) -> Batch:
-        """Global batch `k` of P = `prompts` rows (default grpo.prompts), this process's slice of it.
+        """Global batch `k` of P = `prompts` rows (default grpo.prompts), this process's share of it.
 
         Arrays as in `PromptBatch` and `Gold`. Raises IndexError past the end of a held-out split.
         """
         prompts = prompts or self.recipe.grpo.prompts
-        if prompts % self.process_count:
-            raise ValueError(f"{prompts} prompts do not divide over {self.process_count} processes")
         if k < 0 or (self.split != "train" and k >= self.batches(prompts)):
             raise IndexError(f"split {self.split!r} has {self.batches(prompts)} batches of {prompts}, asked for number {k}")
         window, number = divmod(k, self._per_window(prompts))
         positions_KP, bucket_K = self._cut(prompts, window)
-        own_P = positions_KP[number].reshape(self.process_count, -1)[self.process_index]
+        own_P = self.share.of(positions_KP[number])
         rows = list(self._each(self._rows.__getitem__, own_P[own_P >= 0].tolist()))
         real, filler = len(rows), rows[0] if rows else self._rows[0]
         rows += [filler] * (len(own_P) - real)  # well-formed prompts too, but they count for nothing
@@ -264,7 +263,7 @@ class Pipeline(Renderer):
             self.dropped.update(found["dropped"])
             return dict(zip(found["kept"], found["sizes"], strict=True))
         fitting = self._fitting()
-        if self.process_index == 0:
+        if jax.process_index() == 0:
             found = {"key": key, "kept": list(fitting), "sizes": list(fitting.values()), "dropped": self.dropped}
             replace_file(cache, json.dumps(found))
         return fitting

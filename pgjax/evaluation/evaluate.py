@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 from pgjax import automaton as answers
 from pgjax.automaton import Verdict
@@ -18,7 +17,7 @@ from pgjax.evaluation.metrics import Rows, mean_similarity
 from pgjax.evaluation.naming import nearness, ranks
 from pgjax.generate.labels import label_probabilities
 from pgjax.models.static_encoder import load_static_encoder
-from pgjax.parallel.mesh import local_rows, place_rows
+from pgjax.parallel.mesh import gather_rows, local_rows, place_rows
 from pgjax.taxonomy import Taxonomy
 from pgjax.tokenizer import answer_texts
 
@@ -77,7 +76,7 @@ def evaluate(programs, weights: dict, pipeline: Pipeline, bank: Bank, prompts: i
     for answered in answer(programs, weights, pipeline, bank, prompts):
         seen(answered)
         batches.append((answered.verdict, answered.batch.gold, _groups(answered), answered.scores, answered.naming))
-    return process_allgather(Rows(*jax.tree.map(lambda *x: np.concatenate(x), *batches)), tiled=True)
+    return gather_rows(Rows(*jax.tree.map(lambda *x: np.concatenate(x), *batches)), programs.mesh)
 
 
 def _groups(answered: Answered) -> np.ndarray:

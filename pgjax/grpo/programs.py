@@ -29,7 +29,7 @@ from pgjax.grpo.advantages import advantages, informative, overlong_penalty, sel
 from pgjax.models.sentence_encoder import Embedder
 from pgjax.models.text import PromptCache
 from pgjax.models.vision import Visual
-from pgjax.parallel.mesh import TRAINING, local_rows, place_rows, put_everywhere, replicated, rows, spec, take_rows
+from pgjax.parallel.mesh import TRAINING, local_rows, place_rows, put_everywhere, replicated, rows, share_of, spec, take_rows
 from pgjax.parallel.program import Program
 from pgjax.rewards import reward
 from pgjax.tokenizer import answer_texts, never_sampled
@@ -266,12 +266,14 @@ class Programs:
         name_PG = np.full(asked_PG.shape, -1, np.int32)
         name_PG[asked_PG] = [number.setdefault(answers.category_text(text) or "", len(number)) for text in texts]
 
-        B, most = 8 * self.shards // jax.process_count(), process_allgather(np.int32(len(number))).max()
-        while B < most:
-            B *= 2
+        own_S = np.array(share_of(self.mesh).own)
+        size, most = 8, process_allgather(np.int32(len(number))).max()
+        while size * len(own_S) < most:
+            size *= 2
+        B = size * len(own_S)
         tokens_BW, mask_BW = self.embedder.tokenize(list(number), self.recipe.reward.name_tokens)
         pad = ((0, B - len(number)), (0, 0))
-        name_PG[asked_PG] += jax.process_index() * B
+        name_PG[asked_PG] += ((own_S - np.arange(len(own_S))) * size)[name_PG[asked_PG] // size]  # from a place here to one among all
         return place_rows((np.pad(tokens_BW, pad), np.pad(mask_BW, pad), name_PG), self.mesh)
 
     def judge(self, rollout: Rollout, gold: Gold, bank: Bank) -> Judged:

@@ -38,7 +38,7 @@ from pgjax.evaluation.samples import sample_rows
 from pgjax.files import remove_folder
 from pgjax.generate.law import Law
 from pgjax.grpo.programs import Judge, Programs
-from pgjax.parallel.mesh import make_mesh, place_rows
+from pgjax.parallel.mesh import make_mesh, place_rows, share_of
 from pgjax.parallel.start import first_alone, preemption, stop
 from pgjax.sft.warm_up import train as train_warm_up
 from pgjax.tokenizer import never_sampled
@@ -162,7 +162,9 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
             remove_run(run_path)
         new = make_room(run_path)
     checkpoints, references = Checkpoints(run_path / "checkpoints", config.keep_checkpoints), Checkpoints(run_path / "reference", 1)
-    start = checkpoints.latest() if references.latest() is not None else None
+    start = checkpoints.latest()
+    if start is not None and references.latest() is None:
+        raise ValueError(f"run {run_path} has checkpoints and no reference/, which they go with; put it back, or give --fresh")
     if start is not None:
         check_same_run(run_path, recipe)
         if start == config.steps and (summary := ended(run_path, start, show)):
@@ -170,7 +172,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
 
     with RunFolder(run_path, recipe, show, start) as run:
         try:
-            materials = make_materials(recipe, run_path)
+            materials = make_materials(recipe, run_path, share_of(mesh))
         except ValueError:  # no data: a folder made for nothing goes again
             if new and show:
                 remove_folder(run_path)

@@ -3,11 +3,14 @@
 `data` may span slices, `fsdp` shards parameters and batch rows, `tensor` splits heads, MLP and vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pgjax.config import MeshConfig
@@ -59,7 +62,45 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> ja
         placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = jax.sharding.Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    shares = set(shares_of(mesh).values())
+    if sum(len(share.own) for share in shares) > shape[0] * shape[1] or len({len(share.own) for share in shares}) > 1:
+        raise ValueError(
+            f"mesh data={shape[0]} fsdp={shape[1]} tensor={shape[2]} parts the batch so that processes have some of each other's rows; "
+            "give tensor a number that is a multiple or a divisor of a process's devices"
+        )
+    return mesh
+
+
+class Share(NamedTuple):
+    """The shards of a batch's rows that a process has devices of, in order, and how many there are. Processes that only `tensor` parts
+    have the same ones: each of them reads these rows, and computes on the host what belongs to them."""
+
+    own: tuple[int, ...] = (0,)
+    shards: int = 1
+
+    def of(self, x: np.ndarray) -> np.ndarray:
+        """Its rows of a batch [P, ...]. ValueError where shards are uneven."""
+        if len(self.own) == self.shards:
+            return x
+        if len(x) % self.shards:
+            raise ValueError(f"{len(x)} rows do not divide over the {self.shards} shards of the batch, which lie on several processes")
+        return x.reshape(self.shards, -1, *x.shape[1:])[list(self.own)].reshape(-1, *x.shape[1:])
+
+
+WHOLE = Share()
+
+
+def shares_of(mesh) -> dict[int, Share]:
+    """Of every process of a mesh, by its number."""
+    process_WT = np.vectorize(lambda device: device.process_index)(mesh.devices).reshape(-1, mesh.shape["tensor"])
+    own = lambda process: tuple(np.flatnonzero((process_WT == process).any(axis=1)).tolist())  # noqa: E731
+    return {process: Share(own(process), len(process_WT)) for process in np.unique(process_WT).tolist()}
+
+
+def share_of(mesh) -> Share:
+    """This process's."""
+    return shares_of(mesh)[jax.process_index()]
 
 
 def spec(names: tuple[str | None, ...], shape: tuple[int, ...], rules: dict, mesh) -> PartitionSpec:
@@ -125,14 +166,20 @@ def take_rows(x: jax.Array, index_N: jax.Array, shards: int, axis: int = 0) -> j
 
 
 def place_rows(tree, mesh):
-    """This process's rows of a batch (numpy, leading axis P) -> global arrays sharded by rows. Rows that the batch axes
-    do not divide are replicated (a single request on many devices)."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    """This process's rows of a batch (numpy, leading axis), as `Share.of` gives them -> global arrays sharded by rows. Rows of one process
+    alone that the batch axes do not divide are replicated (a single request on many devices). ValueError where there are several."""
+    share = share_of(mesh)
 
     def place(x):
         x = np.asarray(x)
-        even = (x.shape[0] * jax.process_count()) % ways == 0
-        return jax.make_array_from_process_local_data(rows(mesh) if even else replicated(mesh), x)
+        size, rest = divmod(len(x), len(share.own))
+        if rest and len(share.own) == share.shards:
+            return jax.device_put(x, replicated(mesh))
+        if rest:
+            raise ValueError(f"{len(x)} rows do not divide over the {len(share.own)} shards that this process has of the batch")
+        at = {w * size: x[n * size : (n + 1) * size] for n, w in enumerate(share.own)}
+        whole = (size * share.shards, *x.shape[1:])
+        return jax.make_array_from_callback(whole, rows(mesh), lambda index: at[index[0].start or 0])
 
     return jax.tree.map(place, tree)
 
@@ -143,3 +190,12 @@ def local_rows(x: jax.Array) -> np.ndarray:
         return np.asarray(x)
     shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def gather_rows(tree, mesh):
+    """All rows of host arrays of which each process has its share, process after process; what several have comes once."""
+    shares = shares_of(mesh)
+    first = {share: process for process, share in reversed(shares.items())}
+    counts = np.isin(list(shares), list(first.values()))
+    once = lambda x: x.reshape(len(shares), -1, *x.shape[1:])[counts].reshape(-1, *x.shape[1:])  # noqa: E731
+    return jax.tree.map(once, process_allgather(tree, tiled=True))

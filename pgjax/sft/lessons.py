@@ -24,6 +24,7 @@ from pgjax.data.arrays import Prompt, lay_out, prompt_batch
 from pgjax.data.buckets import bounds, cut, rounded, smallest
 from pgjax.data.images import capped, image_grid, load_image, read_image
 from pgjax.generate.score import answer_rows
+from pgjax.parallel.mesh import WHOLE, Share
 from pgjax.sft.step import Taught, taught
 from pgjax.tokenizer import answer_ids
 
@@ -60,7 +61,7 @@ class Batch(NamedTuple):
 
 
 class Lessons:
-    """Lessons of one split as batches; with several processes each makes its slice of them.
+    """Lessons of one split as batches; with several processes each makes its share of them.
 
     Training draws a new order each epoch, for sft.steps batches of sft.prompts; the last lessons of an order, which fill no batch, are
     left out of that epoch, and a split smaller than a batch repeats some. Held-out lessons come once each, in batches of
@@ -71,10 +72,8 @@ class Lessons:
     of a micro-batch each.
     """
 
-    def __init__(
-        self, lessons: Sequence[Lesson], tokenizer, recipe: Recipe, shards: int, training: bool, process: int = 0, processes: int = 1
-    ):
-        self._tokenizer, self._recipe, self._process = tokenizer, recipe, (process, processes)
+    def __init__(self, lessons: Sequence[Lesson], tokenizer, recipe: Recipe, shards: int, training: bool, share: Share = WHOLE):
+        self._tokenizer, self._recipe, self._share = tokenizer, recipe, share
         laid = lay_out_lessons(lessons, tokenizer, recipe)
         reasons = [unfit(lesson, recipe) for lesson in laid]
         self.dropped = Counter(filter(None, reasons))
@@ -109,8 +108,7 @@ class Lessons:
         rows_P, (T, I), width = self.rows_KP[k], self.bounds[self.bucket_K[k]], self.widths[self.bucket_K[k]]  # noqa: E741
         counts = {name: int(of(size_N, rows_P).sum()) for name, size_N in self._size_N.items()}
         counts["slots"] = len(rows_P) * int(T) + len(rows_P) // self.per_row * width
-        index, count = self._process
-        own = [(int(n), self.kept[n if n >= 0 else rows_P.max()]) for n in rows_P.reshape(count, -1)[index]]
+        own = [(int(n), self.kept[n if n >= 0 else rows_P.max()]) for n in self._share.of(rows_P)]
         prompts = [Prompt(n, lesson.prompt, [path.read_bytes() for path in lesson.images]) for n, lesson in own]
         vision = capped(self._recipe.model.vision, self._recipe.data.max_pixels)
         prompt = prompt_batch(prompts, self._tokenizer, vision, T, I)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from pgjax.config import Recipe
 from pgjax.files import new_folder, read_json, remove_folder, replace_file
 from pgjax.generate.law import Law
-from pgjax.parallel.mesh import make_mesh, place_rows
+from pgjax.parallel.mesh import make_mesh, place_rows, share_of
 from pgjax.parallel.start import first_alone, preemption, stop
 from pgjax.sft.lessons import Batch, Lesson, Lessons
 from pgjax.sft.report import write_report
@@ -82,8 +82,7 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
             return summary
     tokenizer = new_tokenizer(recipe, texts(lessons)) if start is None else load_tokenizer(run_path / "tokenizer")
     how = (tokenizer, recipe, mesh.shape["data"] * mesh.shape["fsdp"])
-    process = (jax.process_index(), jax.process_count())
-    taught, tested = Lessons(lessons, *how, True, *process), Lessons(held_out, *how, False, *process)
+    taught, tested = Lessons(lessons, *how, True, share_of(mesh)), Lessons(held_out, *how, False, share_of(mesh))
     if show and taught.dropped:
         print(
             f"sft: {taught.dropped.total()} of {len(lessons)} lessons do not fit and are left out: {dict(taught.dropped)}", file=sys.stderr

@@ -1,5 +1,6 @@
 """What a recipe trains on and is judged by: taxonomy, examples, tokenizer, automaton, prompts, sentence encoder and bank."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from pgjax.data.sources.mix import public_mix
 from pgjax.data.toy import toy_answers, toy_examples, toy_texts
 from pgjax.files import new_folder, replace_file
 from pgjax.models.sentence_encoder import Embedder, load_embedder
+from pgjax.parallel.mesh import WHOLE, Share
 from pgjax.parallel.start import first_alone
 from pgjax.taxonomy import PolicyView, Taxonomy, full_view, load_taxonomy
 from pgjax.tokenizer import load_tokenizer, train_byte_bpe
@@ -91,13 +93,25 @@ def make_examples(recipe: Recipe, taxonomy: Taxonomy) -> tuple[list[Example], di
     return own_rows(data.root, taxonomy), {}
 
 
-def make_materials(recipe: Recipe, folder: Path) -> Materials:
-    """Build what is missing under `folder` (data/, tokenizer/) and load the rest. Of several processes the first one builds."""
+def check_same_rows(root: Path, known: Path) -> None:
+    """ValueError where the dataset has been built anew since the run was started; the file `known` tells it from others."""
+    files = [root / name for name in ("dataset_info.json", "card.json")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+    if known.exists() and known.read_text() != digest:
+        raise ValueError(
+            f"dataset {root} was built anew since the run in {known.parent.parent} started; take another --name, or give --fresh"
+        )
+    replace_file(known, digest)
+
+
+def make_materials(recipe: Recipe, folder: Path, share: Share = WHOLE) -> Materials:
+    """Build what is missing under `folder` (data/, tokenizer/) and load the rest. Of several processes the first one builds; batches are
+    this process's `share`."""
     with first_alone():
-        return _make_materials(recipe, folder)
+        return _make_materials(recipe, folder, share)
 
 
-def _make_materials(recipe: Recipe, folder: Path) -> Materials:
+def _make_materials(recipe: Recipe, folder: Path, share: Share) -> Materials:
     taxonomy = load_taxonomy(recipe.data.taxonomy)
     dataset = folder / "data"
     if recipe.data.name != "built" and not dataset.exists():
@@ -105,14 +119,15 @@ def _make_materials(recipe: Recipe, folder: Path) -> Materials:
         build_dataset(examples, dataset)
         replace_file(dataset / "left_out.json", json.dumps(left_out, indent=1) + "\n")
     dataset.mkdir(exist_ok=True)  # what is found out about the rows lies there too
+    if recipe.data.name == "built":
+        check_same_rows(Path(recipe.data.root or ""), dataset / "built.txt")
     rows = {split: read_dataset(recipe.data.root if recipe.data.name == "built" else dataset, split) for split in ("train", "eval")}
     tokenizer = make_tokenizer(recipe, lambda: toy_texts(rows["train"], taxonomy, recipe), folder / "tokenizer")
     ids = grid(taxonomy)
     vocab = recipe.model.text.vocab
     automaton = answers.build(tokenizer, ids, recipe.answer.think_tag, vocab=vocab, cache_dir=cache_dir())
-    share = dict(process_index=jax.process_index(), process_count=jax.process_count())
     train, held_out = (
-        Pipeline(rows[split], taxonomy, tokenizer, recipe, split, ids, **share, cache=dataset / f"fit_{split}.json") for split in rows
+        Pipeline(rows[split], taxonomy, tokenizer, recipe, split, ids, share, cache=dataset / f"fit_{split}.json") for split in rows
     )
     if jax.process_index() == 0:
         write_training_rows(folder, (rows["train"][index] for index in train.kept.tolist()), recipe.checkpoint)
