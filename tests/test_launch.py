@@ -1,7 +1,9 @@
 """Launch files: the JobSet by the published schemas, the scripts by their shells."""
 
 import copy
+import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import kubernetes_validate
@@ -55,3 +57,33 @@ def test_what_the_schemas_find(path, wrong):
 @pytest.mark.parametrize("script", ["local.sh", "slurm.sbatch", "tpu_vm.sh"])
 def test_scripts_are_shell(script):
     subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+
+
+@pytest.fixture
+def at_the_other_end(tmp_path, monkeypatch):
+    """Runs a launch file with stand-ins for what it calls, and says what pgjax was given there: PGJAX_CACHE, then its arguments."""
+    for name, does in {
+        "srun": 'echo "$1"; while [ "$1" != pgjax ]; do shift; done; exec "$@"',
+        "gcloud": 'while [ "$1" != --command ]; do shift; done; unset PGJAX_CACHE; exec sh -c "$2"',
+        "pgjax": 'printf "%s\\n" "$PGJAX_CACHE" "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("PGJAX_CACHE")
+
+    def run(script: str, *arguments: str, **environment: str) -> list[str]:
+        command = ["bash", str(LAUNCH / script), *arguments]
+        done = subprocess.run(command, env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_all_tasks_share_a_cache(at_the_other_end, tmp_path):
+    slurm = partial(at_the_other_end, "slurm.sbatch", "train", "toy", SLURM_CPUS_PER_TASK="3")
+    assert slurm() == ["--cpus-per-task=3", str(tmp_path / "cache"), "train", "toy"]
+    assert slurm(PGJAX_CACHE="/shared")[1] == "/shared"
+    tpu_vm = partial(at_the_other_end, "tpu_vm.sh", "NAME", "ZONE", "train", "it's $HOME")
+    assert tpu_vm() == ["", "train", "it's $HOME"]
+    assert tpu_vm(PGJAX_CACHE="/the bucket") == ["/the bucket", "train", "it's $HOME"]
