@@ -1,7 +1,10 @@
 """Launch files: the JobSet by the published schemas, the scripts by their shells."""
 
 import copy
+import itertools
+import math
 import os
+import re
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -10,6 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
+
+from pgjax.recipes import load_recipe, override, validate
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 JOBSET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
@@ -27,11 +32,50 @@ def check(jobset: dict) -> None:
     assert model is not None and model.to_dict() == around
 
 
+def job_and_command(jobset: dict) -> tuple[dict, list[str]]:
+    [slice_] = jobset["spec"]["replicatedJobs"]
+    spec = slice_["template"]["spec"]
+    [container] = spec["template"]["spec"]["containers"]
+    return spec, container["command"]
+
+
+def flags(command: list[str]) -> dict[str, str]:
+    return {name: value for name, value in itertools.pairwise(command) if name.startswith("--")}
+
+
 def test_the_jobset():
     check(JOBSET)
-    [slice_] = JOBSET["spec"]["replicatedJobs"]
-    spec = slice_["template"]["spec"]
+    spec, command = job_and_command(JOBSET)
     assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"], "a pod for every host, with its number"
+    selector = spec["template"]["spec"]["nodeSelector"]
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
+    topology = selector["cloud.google.com/gke-tpu-topology"]
+    rows = re.findall(
+        r"^\| `(\S+) --topology v5e:(\S+) ([^`]+)` \| yes \| (\d+) \|", (LAUNCH.parent / "docs" / "scale.md").read_text(), re.M
+    )
+    [(mesh, micro)] = [(mesh, micro) for recipe, shape, mesh, micro in rows if (recipe, shape) == (command[2], topology)]
+    given = flags(command)
+    assert flags(mesh.split()) | {"--mesh.data": "1", "--grpo.micro_prompts": micro} == {
+        name: value for name, value in given.items() if name.startswith(("--mesh", "--grpo"))
+    }
+    chips = spec["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert (
+        spec["parallelism"] * chips == math.prod(map(int, topology.split("x"))) == int(given["--mesh.fsdp"]) * int(given["--mesh.tensor"])
+    )
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_slices(slices):
+    """As the file's comment says for more of them: it is a JobSet, and a recipe whose numbers divide."""
+    jobset = copy.deepcopy(JOBSET)
+    jobset["spec"]["replicatedJobs"][0]["replicas"] *= slices
+    _, command = job_and_command(jobset)
+    for name in ("--mesh.data", "--grpo.micro_prompts"):
+        at = command.index(name) + 1
+        command[at] = str(int(command[at]) * slices)
+    check(jobset)
+    given = [word for name, value in flags(command).items() if name.startswith(("--mesh", "--grpo")) for word in (name, value)]
+    validate(override(load_recipe(command[2]), ["--devices", str(64 * slices), *given]))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +114,7 @@ def at_the_other_end(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("PGJAX_CACHE")
+    monkeypatch.delenv("PGJAX_CACHE", raising=False)
 
     def run(script: str, *arguments: str, **environment: str) -> list[str]:
         command = ["bash", str(LAUNCH / script), *arguments]
