@@ -1,8 +1,11 @@
 """Training checkpoints: on any mesh, the newest and the best kept, nothing half-written or half-deleted taken for whole."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +92,16 @@ def test_a_deletion_that_was_cut_short_is_brought_to_its_end(tmp_path):
         path = tmp_path / "1" / part
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert Checkpoints(tmp_path, keep=1).steps() == [0, 2]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room(number, tmp_path):
+    """Orbax says it in a ValueError of several lines."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    said = ValueError(f"INTERNAL: cannot write\n[OS error {number}: {os.strerror(number)}]")
+    with mock.patch.object(checkpoints._manager, "save", side_effect=said), pytest.raises(OSError) as error:
+        checkpoints.save(3, STATE)
+    assert error.value.errno == number and error.value.filename == str(tmp_path / "3")
 
 
 # --- the run that goes on from them --------------------------------------------------------------------------------------------

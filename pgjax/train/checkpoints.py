@@ -1,6 +1,5 @@
 """Training checkpoints: a pytree of sharded arrays per step, through orbax. The mesh may change between save and restore."""
 
-import errno
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from pgjax.files import remove_folder, replace_file
+from pgjax.files import NO_ROOM, remove_folder, replace_file
 
 SIZES = "sizes.json"  # in a checkpoint: the bytes of its files
 
@@ -69,8 +68,9 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"score": score}, force=True)
         except ValueError as error:
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / str(step))) from error
+            for number in NO_ROOM:
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number), str(self.folder / str(step))) from error
             raise
         if jax.process_index() == 0:
             replace_file(self.folder / str(step) / SIZES, json.dumps(_sizes(self.folder / str(step))))
