@@ -131,3 +131,9 @@ def test_all_tasks_share_a_cache(at_the_other_end, tmp_path):
     tpu_vm = partial(at_the_other_end, "tpu_vm.sh", "NAME", "ZONE", "train", "it's $HOME")
     assert tpu_vm() == ["", "train", "it's $HOME"]
     assert tpu_vm(PGJAX_CACHE="/the bucket") == ["/the bucket", "train", "it's $HOME"]
+
+
+@pytest.mark.parametrize("processes", ["two", "0", "-1", "", "2x"])
+def test_local_counts_processes(processes):
+    done = subprocess.run(["sh", LAUNCH / "local.sh", processes, "train", "toy"], capture_output=True, text=True)
+    assert done.returncode == 2 and "must be a number from 1" in done.stderr and done.stderr.count("\n") == 1
