@@ -161,7 +161,13 @@ def test_going_back_drops_later_ones(tmp_path):
         Checkpoints(tmp_path, keep=3).save(step, STATE)
     with pytest.raises(ValueError, match=r"--from 4: .* there are: \[1, 2, 3\]"):
         go_back(tmp_path, 4)
-    assert Checkpoints(tmp_path).steps() == [1, 2, 3]
+    file = next(file for file in (tmp_path / "2").rglob("*") if file.is_file() and file.name != SIZES and file.stat().st_size)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="2 is damaged: .*`--from 1`"):
+        go_back(tmp_path, 2)
+    assert Checkpoints(tmp_path).steps() == [1, 2, 3], "nothing is lost for a step that does not do"
+    file.write_bytes(whole)
     go_back(tmp_path, 2)
     assert Checkpoints(tmp_path).steps() == [1, 2]
     with pytest.raises(ValueError, match="there are: none"):
