@@ -9,6 +9,12 @@ if [ $# -lt 3 ]; then
     echo "usage: launch/local.sh PROCESSES train|sft CONFIG [...]" >&2
     exit 2
 fi
+case $1 in
+    '' | *[!0-9]* | 0*)
+        echo "PROCESSES $1 must be a number from 1" >&2
+        exit 2
+        ;;
+esac
 processes=$1 command=$2
 shift 2
 port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')

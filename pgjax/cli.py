@@ -1,7 +1,6 @@
 """The `pgjax` command. Exit status 0 done, 2 wrong usage or input (one line on stderr), 1 failure, 143 stopped by
 SIGTERM with the run saved."""
 
-import errno
 import sys
 
 from pgjax.arguments import parser
@@ -9,7 +8,7 @@ from pgjax.commands.data import data
 from pgjax.commands.guard import calibrate, evaluate, moderate, serve
 from pgjax.commands.rewriter import demo_rewriter, evaluate_rewriter, rewrite, synthesize
 from pgjax.commands.training import bank, demo, export, plan, report, reward, score, sft, train
-from pgjax.parallel.start import complain
+from pgjax.parallel.start import complain, known
 
 RUNS = (
     *(train, plan, demo, moderate, evaluate, calibrate, serve, score, export, reward, bank, data, report),
@@ -22,14 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, rest = parser().parse_known_args(argv)
         COMMANDS[args.command](args, rest)
-    except ValueError as error:
-        complain(error)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (ValueError, OSError) as error:
+        if not (fault := known(error)):
             raise
-        complain(f"{error.filename or 'a file'} cannot be written: {error.strerror}; make room, and a run goes on from its last checkpoint")
-        return 1
+        message, status = fault
+        complain(message)
+        return status
     return 0
 
 

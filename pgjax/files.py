@@ -1,12 +1,15 @@
 """Files and folders that are whole or absent, whenever the process is killed: written aside, then renamed. And JSON, read with care."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # the disk is full, or the user's part of it
 
 
 def read_json(file: Path) -> dict:

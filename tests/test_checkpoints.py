@@ -1,8 +1,11 @@
 """Training checkpoints: on any mesh, the newest and the best kept, nothing half-written or half-deleted taken for whole."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +94,16 @@ def test_a_deletion_that_was_cut_short_is_brought_to_its_end(tmp_path):
     assert Checkpoints(tmp_path, keep=1).steps() == [0, 2]
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_room(number, tmp_path):
+    """Orbax says it in a ValueError of several lines."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    said = ValueError(f"INTERNAL: cannot write\n[OS error {number}: {os.strerror(number)}]")
+    with mock.patch.object(checkpoints._manager, "save", side_effect=said), pytest.raises(OSError) as error:
+        checkpoints.save(3, STATE)
+    assert error.value.errno == number and error.value.filename == str(tmp_path / "3")
+
+
 # --- the run that goes on from them --------------------------------------------------------------------------------------------
 
 
@@ -148,7 +161,13 @@ def test_going_back_drops_later_ones(tmp_path):
         Checkpoints(tmp_path, keep=3).save(step, STATE)
     with pytest.raises(ValueError, match=r"--from 4: .* there are: \[1, 2, 3\]"):
         go_back(tmp_path, 4)
-    assert Checkpoints(tmp_path).steps() == [1, 2, 3]
+    file = next(file for file in (tmp_path / "2").rglob("*") if file.is_file() and file.name != SIZES and file.stat().st_size)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="2 is damaged: .*`--from 1`"):
+        go_back(tmp_path, 2)
+    assert Checkpoints(tmp_path).steps() == [1, 2, 3], "nothing is lost for a step that does not do"
+    file.write_bytes(whole)
     go_back(tmp_path, 2)
     assert Checkpoints(tmp_path).steps() == [1, 2]
     with pytest.raises(ValueError, match="there are: none"):

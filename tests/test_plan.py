@@ -194,6 +194,7 @@ def test_what_does_not_fit_says_why(tmp_path):
         (("toy", "--topology", "v5e:2x2"), "does not fit 4 devices"),
         (("toy",), "--topology"),
         (("nowhere", "--topology", "v5e:2x2"), "not in configs/"),
+        (("rewriter_7b", "--topology", "v5e:2x2"), "plans steps of GRPO"),
     ],
 )
 def test_bad_plans_are_one_line(argv, says, capsys):

@@ -187,6 +187,16 @@ def test_what_does_not_fit_is_dropped_and_counted(taught, tokenizer, tmp_path):
     assert tokenizer.decode(forged.answer[:-1]) == "Fine.‹|im_end|>" and stop_ids(tokenizer)[0] not in forged.answer[:-1]
 
 
+def test_a_picture_that_is_lost_between_batches_is_named(taught, tokenizer, tmp_path):
+    file = tmp_path / "picture.png"
+    file.write_bytes(next(lesson.images[0] for lesson in taught if lesson.images).read_bytes())
+    lessons = Lessons([Lesson("a", "a", rewriter_messages("Paint it.", 1), (file,), "Fine.")], tokenizer, tiny_rewriter(), 4, True)
+    lessons.batch(0)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"image {file} cannot be read any more: No such file or directory; put it back"):
+        lessons.batch(1)
+
+
 # --- the run -------------------------------------------------------------------------------------------------------------------
 
 

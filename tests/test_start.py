@@ -1,14 +1,17 @@
 """How a process finds out whether it is one of several. What several do together: test_processes_drill.py."""
 
+import errno
 import os
 import signal
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
 import yaml
 
+from pgjax import cli
 from pgjax.cli import main
 from pgjax.parallel import start
 from pgjax.parallel.start import Group, find_group
@@ -101,6 +104,32 @@ def test_a_process_alone_hears_of_sigterm_and_then_no_more(capsys):
     with pytest.raises(SystemExit) as stopped:
         start.stop(2, show=True)
     assert stopped.value.code == 143 and "saved after step 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (ValueError("no such\nthing"), 2, "no such thing"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "runs/x cannot be written: No space left on device; make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "a file cannot be written: Disk quota exceeded; make room"),
+    ],
+)
+def test_known_faults_are_one_line_alone_and_of_several(error, status, says, monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "report", mock.Mock(side_effect=error))
+    assert cli.main(["report", "runs/x"]) == status
+    alone = capsys.readouterr().err
+    assert says in alone and alone.count("\n") == 1
+    monkeypatch.setattr(start.os, "_exit", mock.Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        start.fail(error)
+    start.os._exit.assert_called_with(status)
+    assert capsys.readouterr().err == alone
+
+
+def test_other_faults_keep_their_traceback(monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "report", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError):
+        cli.main(["report", "runs/x"])
 
 
 def test_launch_files():

@@ -54,6 +54,10 @@ def plan(args: argparse.Namespace, rest: list[str]) -> None:
 
     topology = parse_topology(args.topology)
     recipe = recipe_of(args, ["--devices", str(topology.count), *rest])
+    if recipe.data.name == "rewriter":
+        raise ValueError(
+            f"`pgjax plan` plans steps of GRPO; recipe {recipe.name} takes none, as `pgjax sft` trains it (data.name rewriter)"
+        )
     start_jax(prepare(topology))
     import jax
 

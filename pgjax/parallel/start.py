@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn, TextIO
 
+from pgjax.files import NO_ROOM
+
 HEARTBEAT_SECONDS = 20  # a process that gives no sign of life for so long is gone
 JOIN_SECONDS = 300  # within which all processes must have been started; nodes of a cluster come up minutes apart
 SHUTDOWN_SECONDS = 60  # a process that is done waits so long for the others
@@ -204,10 +206,20 @@ def fail(error: Exception) -> NoReturn:
 
     if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):  # is it that another is gone? then the watch ends us
         time.sleep(2 * HEARTBEAT_SECONDS)
-    if isinstance(error, ValueError):
-        end(str(error), 2)
+    if fault := known(error):
+        end(*fault)
     traceback.print_exception(error)
     end("a failure, see above", 1)
+
+
+def known(error: Exception) -> tuple[str, int] | None:
+    """What one line says of a fault that the user can put right, and the exit status; None for any other."""
+    if isinstance(error, ValueError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        what = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+        return f"{what}; make room, and a run goes on from its last checkpoint", 1
+    return None
 
 
 def end(message: str, status: int) -> NoReturn:

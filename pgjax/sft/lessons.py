@@ -109,7 +109,7 @@ class Lessons:
         counts = {name: int(of(size_N, rows_P).sum()) for name, size_N in self._size_N.items()}
         counts["slots"] = len(rows_P) * int(T) + len(rows_P) // self.per_row * width
         own = [(int(n), self.kept[n if n >= 0 else rows_P.max()]) for n in self._share.of(rows_P)]
-        prompts = [Prompt(n, lesson.prompt, [path.read_bytes() for path in lesson.images]) for n, lesson in own]
+        prompts = [Prompt(n, lesson.prompt, [read_again(path) for path in lesson.images]) for n, lesson in own]
         vision = capped(self._recipe.model.vision, self._recipe.data.max_pixels)
         prompt = prompt_batch(prompts, self._tokenizer, vision, T, I)
         answers = answer_rows([[lesson.answer if n >= 0 else []] for n, lesson in own], self._recipe.answer.max_tokens)
@@ -134,6 +134,14 @@ def lay_out_lessons(lessons: Sequence[Lesson], tokenizer, recipe: Recipe) -> lis
     rows = zip(lessons, texts, prompts, answers, own, strict=True)
     area = lambda sizes: sum(height * width for height, width in sizes)  # noqa: E731
     return [Laid(text, lesson.images, answer, len(tokens), slots, area(sizes)) for lesson, text, (tokens, slots), answer, sizes in rows]
+
+
+def read_again(path: Path) -> bytes:
+    """A picture that was there when lessons were laid out. ValueError where it no longer is."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"image {path} cannot be read any more: {error.strerror}; put it back, and the run goes on") from error
 
 
 def unfit(lesson: Laid, recipe: Recipe) -> str | None:

@@ -1,6 +1,5 @@
 """Training checkpoints: a pytree of sharded arrays per step, through orbax. The mesh may change between save and restore."""
 
-import errno
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from pgjax.files import remove_folder, replace_file
+from pgjax.files import NO_ROOM, remove_folder, replace_file
 
 SIZES = "sizes.json"  # in a checkpoint: the bytes of its files
 
@@ -27,12 +26,28 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def go_back(folder: Path, step: int) -> None:
-    """Deletes the checkpoints after a step: a run goes on from its newest one. ValueError when there is none of that step."""
+    """Deletes the checkpoints after a step: a run goes on from its newest one. ValueError, and nothing is deleted, when that step has none
+    or its is damaged."""
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
     if step not in steps:
         raise ValueError(f"--from {step}: {folder} has no checkpoint of that step; there are: {steps or 'none'}")
+    check_whole(folder, step, steps)
     for later in steps[steps.index(step) + 1 :]:
         remove_folder(folder / str(later))
+
+
+def check_whole(folder: Path, step: int, steps: list[int]) -> None:
+    """ValueError for a checkpoint, one of `steps`, whose files are not what was written; one without a list of them is left to orbax."""
+    own = folder / str(step)
+    if not (own / SIZES).exists():
+        return
+    now = _sizes(own)
+    for name, size in json.loads((own / SIZES).read_text()).items():
+        if now.get(name) != size:
+            what = f"has {now[name]} bytes instead of {size}" if name in now else "is gone"
+            earlier = [other for other in steps if other < step]
+            way = f"`--from {earlier[-1]}` goes on from the one before" if earlier else "with none before it, `--fresh` starts over"
+            raise ValueError(f"checkpoint {own} is damaged: its file {name} {what}; {way}")
 
 
 class Checkpoints:
@@ -69,8 +84,9 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics={"score": score}, force=True)
         except ValueError as error:
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / str(step))) from error
+            for number in NO_ROOM:
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number), str(self.folder / str(step))) from error
             raise
         if jax.process_index() == 0:
             replace_file(self.folder / str(step) / SIZES, json.dumps(_sizes(self.folder / str(step))))
@@ -92,25 +108,12 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step is None or step not in self.steps():
             raise ValueError(f"checkpoint {'' if step is None else step} not found in {self.folder}; there are: {self.steps() or 'none'}")
-        self._check(step)
+        check_whole(self.folder, step, self.steps())
         try:
             return self._manager.restore(step, args=args)
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"checkpoint {self.folder / str(step)} does not fit this recipe: {reason}") from error
-
-    def _check(self, step: int) -> None:
-        """ValueError for a checkpoint whose files are not what was written; one without a list of them is left to orbax."""
-        folder = self.folder / str(step)
-        if not (folder / SIZES).exists():
-            return
-        now = _sizes(folder)
-        for name, size in json.loads((folder / SIZES).read_text()).items():
-            if now.get(name) != size:
-                what = f"has {now[name]} bytes instead of {size}" if name in now else "is gone"
-                earlier = [other for other in self.steps() if other < step]
-                way = f"`--from {earlier[-1]}` goes on from the one before" if earlier else "with none before it, `--fresh` starts over"
-                raise ValueError(f"checkpoint {folder} is damaged: its file {name} {what}; {way}")
 
     def clear(self) -> None:
         """Deletes all of them, for a run that starts afresh."""
