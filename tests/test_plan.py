@@ -157,6 +157,25 @@ def planned(*argv: str) -> dict:
     return json.loads(done.stdout)
 
 
+PODS = """
+from pgjax.plan.chips import describe, parse_topology, prepare
+v5e, v5p = parse_topology("v5e:8x8"), parse_topology("v5p:2x2x2")
+prepare(v5e)
+from pgjax.config import MeshConfig
+from pgjax.parallel.mesh import make_mesh, shares_of
+for shares in (shares_of(make_mesh(MeshConfig(1, 16, 4), describe(v5e))), shares_of(make_mesh(MeshConfig(1, 8, 1), describe(v5p)))):
+    print(len(shares), sorted({share.own for share in shares.values()}))
+"""
+
+
+@needs_libtpu
+def test_processes_of_a_pod_have_rows_together_and_apart():
+    """A host of a v5e pod has two shards of a batch, which another host has too; of a v5p cube every other one."""
+    done = subprocess.run([sys.executable, "-c", PODS], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    pod, cube = done.stdout.splitlines()[-2:]
+    assert pod == f"16 {[(n, n + 1) for n in range(0, 16, 2)]}" and cube == "2 [(0, 2, 4, 6), (1, 3, 5, 7)]"
+
+
 @needs_libtpu
 def test_a_plan_for_a_tpu(tmp_path):
     recipe = dataclasses.replace(tiny.tiny_recipe(), devices=0, mesh=MeshConfig(1, -1, 1))

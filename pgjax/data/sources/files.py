@@ -128,7 +128,7 @@ def data_root(root: str | None) -> Path:
             "public data: set PGJAX_DATA, or --data.root (evaluate: --data; synthesize and data build: --root), to the sets' folder"
         )
     if not Path(chosen).is_dir():
-        raise ValueError(f"public data: {chosen} is no folder; name the one that holds the sets")
+        raise ValueError(f"public data: {chosen} is no folder; set --data.root (data build: --root) or PGJAX_DATA to that of the sets")
     return Path(chosen)
 
 

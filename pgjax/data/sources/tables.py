@@ -98,7 +98,9 @@ def read_rows(
     """
     found = sorted(path for path in root.glob(pattern) if path.is_file())
     if not found:
-        yield LeftOut(BROKEN_FILE, pattern, f"is not there below {root}; is that the sets' folder?", True, 1.0)
+        yield LeftOut(
+            BROKEN_FILE, pattern, f"is not there below {root}; is --data.root (data build: --root) or PGJAX_DATA right?", True, 1.0
+        )
     if one and len(found) > 1:
         yield LeftOut(BROKEN_FILE, pattern, f"{found[0].name} and {found[1].name} are both there; leave the one that is meant", True, 1.0)
         return
