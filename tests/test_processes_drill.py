@@ -96,6 +96,17 @@ def test_stopped_and_killed(together, tmp_path, monkeypatch):
     assert compiled and set(cache.rglob("*-cache")) == compiled
 
 
+def test_processes_that_are_started_for_different_things(tmp_path):
+    run = Run(tmp_path, config())
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        flags = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--processes", "2"]
+    first, odd = (run.start(*flags, "--process", str(k), *more) for k, more in enumerate(([], ["--seed", "7"])))
+    assert "process 1 has another recipe than process 0" in finish(odd, 2)[1]
+    assert_gone(first, 1)
+    assert not run.path.exists()
+
+
 WAITING = """
 import sys, time
 from pgjax.commands.start import start_jax

@@ -39,7 +39,8 @@ from pgjax.files import remove_folder
 from pgjax.generate.law import Law
 from pgjax.grpo.programs import Judge, Programs
 from pgjax.parallel.mesh import make_mesh, place_rows, share_of
-from pgjax.parallel.start import first_alone, preemption, stop
+from pgjax.parallel.start import agree, first_alone, preemption, stop
+from pgjax.recipes import to_json
 from pgjax.sft.warm_up import train as train_warm_up
 from pgjax.tokenizer import never_sampled
 from pgjax.train.checkpoints import Checkpoints, due
@@ -156,6 +157,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
     """
     began, show, config = time.monotonic(), jax.process_index() == 0, recipe.grpo
     mesh = make_mesh(recipe.mesh)
+    agree("recipe", f"{to_json(recipe)} {fresh}")
     check_inputs(recipe, mesh)  # before an earlier run is dropped and a folder is made
     with first_alone():
         if fresh and show:
@@ -163,6 +165,7 @@ def train(recipe: Recipe, run_path: Path, fresh: bool = False, profile: bool = F
         new = make_room(run_path)
     checkpoints, references = Checkpoints(run_path / "checkpoints", config.keep_checkpoints), Checkpoints(run_path / "reference", 1)
     start = checkpoints.latest()
+    agree("newest checkpoint", str(start))
     if start is not None and references.latest() is None:
         raise ValueError(f"run {run_path} has checkpoints and no reference/, which they go with; put it back, or give --fresh")
     if start is not None:

@@ -255,6 +255,23 @@ def wait_for_all(what: str) -> None:
     global_state.client.wait_at_barrier(f"pgjax/{what}/{next(_barriers)}", WORK_SECONDS * 1000)
 
 
+def agree(what: str, value: str) -> None:
+    """ValueError in a process that was started for something else than process 0, before they wait for each other in vain."""
+    import jax
+    from jax._src.distributed import global_state
+
+    if not jax.distributed.is_initialized():
+        return
+    assert global_state.client is not None
+    name = f"pgjax/agree/{next(_barriers)}"
+    if jax.process_index() == 0:
+        global_state.client.key_value_set(name, value)
+    elif global_state.client.blocking_key_value_get(name, WORK_SECONDS * 1000) != value:
+        way = "give all the same command, and folders that all share"
+        raise ValueError(f"process {jax.process_index()} has another {what} than process 0; {way}")
+    wait_for_all("agree")
+
+
 @contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
     """Yields what each step asks once, with its number: has somebody sent SIGTERM? With several processes they all hear yes at the same

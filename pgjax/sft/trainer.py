@@ -20,7 +20,8 @@ from pgjax.config import Recipe
 from pgjax.files import new_folder, read_json, remove_folder, replace_file
 from pgjax.generate.law import Law
 from pgjax.parallel.mesh import make_mesh, place_rows, share_of
-from pgjax.parallel.start import first_alone, preemption, stop
+from pgjax.parallel.start import agree, first_alone, preemption, stop
+from pgjax.recipes import to_json
 from pgjax.sft.lessons import Batch, Lesson, Lessons
 from pgjax.sft.report import write_report
 from pgjax.sft.step import make_loss, make_step
@@ -71,9 +72,11 @@ def train(recipe: Recipe, run_path: Path, lessons: Sequence[Lesson], held_out: S
     """
     began, show, config = time.monotonic(), jax.process_index() == 0, recipe.sft
     mesh = make_mesh(recipe.mesh)
+    agree("recipe", f"{to_json(recipe)} {fresh}")
     check_start(recipe, mesh)
     setup, facts, told = make_setup(recipe.model, mesh), run_path / "data" / "lessons.json", digest(lessons, held_out)
     start = None if fresh else latest(run_path / "checkpoints")
+    agree("newest checkpoint", str(start))
     if start is not None:
         check_same_run(run_path, recipe)
         if read_json(facts)["digest"] != told:
