@@ -210,9 +210,9 @@ def test_a_missing_root_says_what_to_set(tmp_path, monkeypatch):
     ("reader", "path", "data", "message"),
     [
         (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", b"not gzip", "is broken"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 1}\n{"pro'), "row 2 is not"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'[1]\n'), "row 1 must be an object"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 2}\n'), "row 1 has a label"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 1}\n{"pro', mtime=0), "row 2 is not"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'[1]\n', mtime=0), "row 1 must be an object"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 2}\n', mtime=0), "row 1 has a label"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text\nhello\n", "lacks the column 'is_toxic'"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello\n", "row 1 ends early"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello,Maybe\n", "row 1 has a label"),
