@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +55,12 @@ def put(path: Path, data: str | bytes) -> Path:
     return path
 
 
+packed = partial(gzip.compress, mtime=0)  # of whatever time: a test is named by what it is given
+
+
 def write_openai(root: Path, rows: list[dict]) -> Path:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return put(root / "openai_moderation" / "samples.jsonl.gz", gzip.compress(lines.encode()))
+    return put(root / "openai_moderation" / "samples.jsonl.gz", packed(lines.encode()))
 
 
 def write_surge(root: Path, rows: list[tuple[str, str]]) -> Path:
@@ -210,9 +214,9 @@ def test_a_missing_root_says_what_to_set(tmp_path, monkeypatch):
     ("reader", "path", "data", "message"),
     [
         (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", b"not gzip", "is broken"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 1}\n{"pro', mtime=0), "row 2 is not"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'[1]\n', mtime=0), "row 1 must be an object"),
-        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", gzip.compress(b'{"prompt": "a", "S": 2}\n', mtime=0), "row 1 has a label"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", packed(b'{"prompt": "a", "S": 1}\n{"pro'), "row 2 is not"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", packed(b'[1]\n'), "row 1 must be an object"),
+        (openai_moderation_strict, "openai_moderation/samples.jsonl.gz", packed(b'{"prompt": "a", "S": 2}\n'), "row 1 has a label"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text\nhello\n", "lacks the column 'is_toxic'"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello\n", "row 1 ends early"),
         (surge_toxicity, "surge_toxicity/toxicity_en.csv", b"text,is_toxic\nhello,Maybe\n", "row 1 has a label"),
