@@ -176,6 +176,28 @@ def test_processes_of_a_pod_have_rows_together_and_apart():
     assert pod == f"16 {[(n, n + 1) for n in range(0, 16, 2)]}" and cube == "2 [(0, 2, 4, 6), (1, 3, 5, 7)]"
 
 
+HELD = """
+import dataclasses
+from pgjax.plan.chips import describe, parse_topology, prepare
+prepare(parse_topology("v5e:2x2"))
+from pgjax.config import MeshConfig
+from pgjax.plan.plan import Planner
+from pgjax.recipes import load_recipe
+for name, mesh in (("v5e:2x2", (1, 4, 1)), ("v5e:8x8", (1, 16, 4))):
+    topology = parse_topology(name)
+    recipe = dataclasses.replace(load_recipe("proguard_7b"), mesh=MeshConfig(*mesh), devices=topology.count)
+    print(sum(Planner(recipe, topology, describe(topology)).held().values()), topology.chip.memory)
+"""
+
+
+@needs_libtpu
+def test_what_a_chip_holds_of_a_7b():
+    """In float32 parameters, two moments and a reference: more than four v5e have, whatever is compiled, and a ninth of what 64 have."""
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    (small, limit), (large, _) = (map(float, line.split()) for line in done.stdout.splitlines()[-2:])
+    assert small > 1.7 * limit and large < limit / 9 and 15 < small / large < 17
+
+
 @needs_libtpu
 def test_a_plan_for_a_tpu(tmp_path):
     recipe = dataclasses.replace(tiny.tiny_recipe(), devices=0, mesh=MeshConfig(1, -1, 1))
