@@ -20,8 +20,10 @@ from pgjax.bank import Bank
 from pgjax.config import MeshConfig
 from pgjax.data.toy import OBJECTS, toy_answers
 from pgjax.grpo.trainer import train
+from pgjax.recipes import to_json
 from pgjax.sft.warm_up import answer_arrays
 from pgjax.tokenizer import stop_ids
+from pgjax.train.checkpoints import Checkpoints
 from pgjax.train.materials import make_materials
 from pgjax.train.run_folder import read_config, read_metrics
 
@@ -113,6 +115,17 @@ def test_a_resumed_run_gives_the_same_numbers(run):
     assert list(map(lasting, read_metrics(copy))) == list(map(lasting, read_metrics(path)))
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in summary.items() if k != "seconds"}
     assert (copy / "samples" / "3.jsonl").read_text() == (path / "samples" / "3.jsonl").read_text()
+
+
+def test_checkpoints_without_their_reference_are_kept(tmp_path):
+    """What is copied in part is not started over."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(to_json(tiny_recipe()))
+    Checkpoints(run / "checkpoints", 1).save(2, {"w": np.zeros(2)})
+    with pytest.raises(ValueError, match="has checkpoints and no reference/"):
+        train(tiny_recipe(), run)
+    assert Checkpoints(run / "checkpoints", 1).latest() == 2
 
 
 @pytest.mark.drill

@@ -15,7 +15,7 @@ from pgjax.data.build import read_dataset
 from pgjax.data.duplicates import content_key, shown_keys
 from pgjax.data.rows import conversation
 from pgjax.serving.guard import Guard
-from pgjax.train.materials import make_materials
+from pgjax.train.materials import check_same_rows, make_materials
 from pgjax.train.training_rows import TRAINING_ROWS, overlap, read_training_rows, write_training_rows
 
 VAULT, GATE = (conversation(text, None, None) for text in ("Polish the vault", "Paint the gate"))
@@ -41,6 +41,18 @@ def test_keys_are_written_once_and_read_again(tmp_path):
     asked = dataclasses.replace(VAULT, request_label="safe")
     other = conversation("Oil the hinge", None, None)
     assert overlap([asked, GATE, other, GATE], read_training_rows(tmp_path)) == 3
+
+
+def test_a_dataset_that_is_built_anew_is_another(tmp_path):
+    """Its keys lie beside the run once and for all."""
+    root, known = tmp_path / "set", tmp_path / "built.txt"
+    root.mkdir()
+    (root / "card.json").write_text('{"hash": "amber"}')
+    for _ in range(2):
+        check_same_rows(root, known)
+    (root / "card.json").write_text('{"hash": "cedar"}')
+    with pytest.raises(ValueError, match="was built anew since"):
+        check_same_rows(root, known)
 
 
 def test_what_a_checkpoint_was_trained_on_is_carried_on(tmp_path):
